@@ -1,0 +1,170 @@
+"""Settings of a training run, and what follows from them alone: learning rate and data order."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalign.adapters import AdapterConfig
+from fastalign.objectives import DeepAlignConfig
+
+OBJECTIVES = ("sft", "cal", "deepalign")
+TRAINABLE = ("adapters", "all")
+# Settings that a resumed run may change: none of them alters what a step computes.
+_FREE = {"output_dir", "log_every", "save_every", "keep_checkpoints", "num_workers", "report_to"}
+_FREE |= {"progress", "resume"}
+
+
+@dataclass(frozen=True)
+class CALConfig:
+    """Options of `objectives.cal`, by the same names."""
+
+    clamp: tuple[float, float] = (1.0, 5.0)
+    window: int = 3
+    mode: str = "drop"
+    normalize: str = "mean"
+    compat: str = "paper"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; the defaults are DeepAlign's published ones where it names them.
+
+    Attributes:
+        model: Folder or hub name of an image-text-to-text model, unless `train` is given one.
+        data: JSON or JSONL of LLaVA-style records, unless `train` is given a dataset.
+        image_root: Where relative image paths start; the folder of `data` when None.
+        output_dir: For checkpoints, `metrics.jsonl` and the result.
+        objective: "sft", "cal" or "deepalign".
+        trainable: "adapters" freezes the base; "all" trains every parameter.
+        adapter, cal, deepalign: See `AdapterConfig`, `CALConfig` and `DeepAlignConfig`. No adapter
+            is attached when everything is trained by "sft" or "cal".
+        teacher: Folder or hub name of DINOv2 or DINOv3, for "deepalign" without `teacher` features.
+        max_steps: Optimizer steps.
+        batch_size: Samples per rank and micro-batch.
+        gradient_accumulation_steps: Micro-batches per step.
+        learning_rate: Peak; linear warm-up over `warmup_ratio` of the steps, then cosine to 0.
+        weight_decay: Of matrices and kernels; vectors have none.
+        max_grad_norm: Gradients are scaled down to this norm; 0 for never.
+        max_length: Longest sequence in tokens; None for no limit.
+        bf16: Automatic mixed precision in bfloat16.
+        seed: Of data order, initialisation and dropout.
+        log_every: Steps between lines of `metrics.jsonl`.
+        save_every: Steps between checkpoints; 0 for none.
+        keep_checkpoints: How many of the newest stay.
+        resume: Continue from the newest checkpoint in `output_dir`, if there is one.
+        num_workers: Processes that load data.
+        report_to: Trackers of accelerate: "tensorboard", "trackio", "wandb", ...
+        progress: Show a progress bar.
+    """
+
+    model: str = ""
+    data: str = ""
+    image_root: str | None = None
+    output_dir: str = "runs/fastalign"
+    objective: str = "deepalign"
+    trainable: str = "adapters"
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    cal: CALConfig = field(default_factory=CALConfig)
+    deepalign: DeepAlignConfig = field(default_factory=DeepAlignConfig)
+    teacher: str | None = None
+    max_steps: int = 1000
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 3e-5
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 1.0
+    max_length: int | None = None
+    bf16: bool = False
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    resume: bool = True
+    num_workers: int = 0
+    report_to: tuple[str, ...] = ()
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("objective", OBJECTIVES), ("trainable", TRAINABLE)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}: got {getattr(self, name)!r}")
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints must be at least 1: got {self.keep_checkpoints}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio must lie in 0..1: got {self.warmup_ratio}")
+
+    @property
+    def needs_adapter(self) -> bool:
+        return self.trainable == "adapters" or self.objective == "deepalign"
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up from one part in `warmup`, then half a cosine to 0."""
+    warmup = round(config.warmup_ratio * config.max_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.max_steps - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class StepSampler:
+    """Lists of sample indices, one per micro-batch of this rank, from any step on.
+
+    Every epoch is a permutation drawn from (seed, epoch); a step takes the next
+    ranks * accumulation * batch_size samples of the endless sequence, however they are divided.
+    """
+
+    def __init__(self, size: int, config: TrainConfig, rank: int, ranks: int, start: int) -> None:
+        if size < 1:
+            raise ValueError("the dataset must hold at least one sample: got none")
+        self.size, self.config, self.rank, self.ranks, self.start = size, config, rank, ranks, start
+
+    def __len__(self) -> int:
+        return (self.config.max_steps - self.start) * self.config.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        config, epoch, order = self.config, -1, torch.empty(0)
+        for number in range(len(self)):
+            micro = number + self.start * config.gradient_accumulation_steps
+            first = (micro * self.ranks + self.rank) * config.batch_size
+            indices = []
+            for position in range(first, first + config.batch_size):
+                if position // self.size != epoch:
+                    epoch = position // self.size
+                    seed = config.seed * 1_000_003 + epoch
+                    generator = torch.Generator().manual_seed(seed)
+                    order = torch.randperm(self.size, generator=generator)
+                indices.append(int(order[position % self.size]))
+            yield indices
+
+
+def check_same_run(stored: dict[str, Any], config: TrainConfig, path: Path) -> None:
+    """A checkpoint continues only the run that made it."""
+    before, now = flat(stored), flat(json.loads(json.dumps(asdict(config))))
+    changed = [k for k in now if k.split(".")[0] not in _FREE and now[k] != before.get(k)]
+    if changed:
+        listed = ", ".join(f"{k}: {before.get(k)} then, {now[k]} now" for k in changed)
+        raise ValueError(
+            f"{path} is of another run ({listed}): choose another output_dir or resume=False"
+        )
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names to plain values."""
+    pairs: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            pairs |= flat(value, f"{prefix}{key}.")
+        else:
+            pairs[prefix + key] = value if isinstance(value, int | float | str) else str(value)
+    return pairs

@@ -1,0 +1,16 @@
+"""What is minimised: (VLM, batch) -> named terms, "loss" among them.
+
+Called plainly, every term is a mean over the batch. In training a step may span several
+micro-batches and ranks: `totals` then holds the counts over all of them, each micro-batch returns
+its share, and the shares add up to the value that one large batch would give.
+"""
+
+from fastalign.objectives._deepalign import ClassifierReport as ClassifierReport
+from fastalign.objectives._deepalign import DeepAlignConfig as DeepAlignConfig
+from fastalign.objectives._deepalign import DeepAlignState as DeepAlignState
+from fastalign.objectives._deepalign import deepalign as deepalign
+from fastalign.objectives._deepalign import fit_classifier as fit_classifier
+from fastalign.objectives._supervised import cal as cal
+from fastalign.objectives._supervised import sft as sft
+from fastalign.objectives._terms import Terms as Terms
+from fastalign.objectives._terms import counts as counts
