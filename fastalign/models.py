@@ -229,7 +229,7 @@ class VLM:
         return [out.layers[k] for k in chosen]
 
     def label_logits(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Logit of one token per row, (m, d), (m,) -> (m,) float32."""
+        """Logit of one token per row, (m, d), (m,) -> (m,) float32 (float64 of float64)."""
         logits = ops.label_logits(hidden, self.head.weight, labels, self.head.bias)
         logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
@@ -263,7 +263,7 @@ class VLM:
         with_image = self.label_logits(out.hidden[rows, cols], labels)
         if mode == "mask":
             hidden = self._masked(batch, out)[rows, cols]
-            return with_image - self.label_logits(hidden, labels)
+            return (with_image - self.label_logits(hidden, labels)).float()
         if mode != "drop":
             raise ValueError(f"mode must be one of {CONTRAST_MODES}: got {mode!r}")
         image = self.vision_mask(batch)
@@ -278,7 +278,7 @@ class VLM:
             hidden = self._dropped(out, text[samples], samples)
             without = self.label_logits(hidden[sample_of, place[chosen, at]], labels[active])
             delta[active] = with_image[active] - without
-        return delta
+        return delta.float()
 
     def _masked(self, batch: Batch, out: Forward) -> Tensor:
         """Hidden states (b, L, d) with the image tokens hidden as keys."""

@@ -42,7 +42,7 @@ class Step(nn.Module):
     def __init__(self, vlm: VLM, state: DeepAlignState | None, config: TrainConfig) -> None:
         super().__init__()
         self.model, self.state = vlm.model, state
-        self._vlm = [vlm]
+        self._vlm, self._bf16 = [vlm], config.bf16
         if config.objective == "deepalign":
             self.objective: Callable[..., Terms] = functools.partial(
                 objectives.deepalign, state=state
@@ -53,7 +53,9 @@ class Step(nn.Module):
             self.objective = objectives.sft
 
     def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Terms:
-        return self.objective(self._vlm[0], batch, totals=totals)
+        device = batch["input_ids"].device.type
+        with torch.autocast(device, torch.bfloat16) if self._bf16 else contextlib.nullcontext():
+            return self.objective(self._vlm[0], batch, totals=totals)
 
 
 def train(
@@ -84,7 +86,6 @@ def train(
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.bf16 else "no",
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -183,7 +184,7 @@ def _materials(
         from fastalign.data import Collator, load_records
 
         dataset = load_records(config.data, config.image_root)
-        source = config.model or model.name_or_path
+        source = config.model or str(model.name_or_path)
         processor = AutoProcessor.from_pretrained(source)
         collate = Collator(processor, max_length=config.max_length)
     return model, dataset, collate

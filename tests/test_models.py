@@ -1,0 +1,201 @@
+"""What `VLM` sees of a model: image tokens, hidden states, labels, and the pass without images."""
+
+import types
+
+import pytest
+import torch
+
+import fastalign
+from fastalign.models import VLM
+from fastalign.testing.models import IMAGE, TOKENS, llava_batch, tiny_llava
+
+MIXED = ["ttityyy", "tyyy", "yityiyy", "tttiyyyyty"]
+
+
+def test_masks_find_images_text_and_padding():
+    vlm, batch = VLM(tiny_llava()), llava_batch(["ti", "tt"])
+    vision, text = vlm.vision_mask(batch), vlm.text_mask(batch)
+    assert vision.tolist() == [[False] + [True] * TOKENS, [False] * (TOKENS + 1)]
+    assert text.tolist() == [[True] + [False] * TOKENS, [True, True] + [False] * (TOKENS - 1)]
+
+
+def test_hidden_states_are_those_of_transformers():
+    model, batch = tiny_llava(), llava_batch(MIXED)
+    with torch.no_grad():
+        ours = VLM(model).hidden_states(batch)
+        theirs = model(**batch, output_hidden_states=True).hidden_states[1:]
+        chosen = VLM(model).hidden_states(batch, layers=[3, 1])
+    assert len(ours) == len(theirs) == 3
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(chosen[0], theirs[2]) and torch.equal(chosen[1], theirs[0])
+
+
+def test_a_view_leaves_the_model_untouched():
+    model, batch = tiny_llava(), llava_batch(MIXED)
+    model(**batch)  # transformers installs its own recorders at the first call
+    before = {name: sum(map(len, _hooks(m))) for name, m in model.named_modules()}
+    keys, training = set(model.state_dict()), [m.training for m in model.modules()]
+    vlm = VLM(model)
+    vlm.hidden_states(batch)
+    vlm.contrast(batch)
+    assert {name: sum(map(len, _hooks(m))) for name, m in model.named_modules()} == before
+    assert set(model.state_dict()) == keys and [m.training for m in model.modules()] == training
+
+
+def _hooks(module):
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def test_hooks_are_removed_when_the_model_fails():
+    model, batch = tiny_llava(), llava_batch(["tiy"])
+    model(**batch)
+    before = [len(hooks) for m in model.modules() for hooks in _hooks(m)]
+    batch["pixel_values"] = batch["pixel_values"][:, :, :4]
+    with pytest.raises(ValueError):
+        VLM(model).hidden_states(batch)
+    assert [len(hooks) for m in model.modules() for hooks in _hooks(m)] == before
+
+
+def true_float64(model):
+    """Norms that stay in float64: transformers' own round to float32, which hides differences."""
+
+    def forward(self, x):
+        variance = x.square().mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(variance + self.variance_epsilon)
+
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = types.MethodType(forward, module)
+    return model
+
+
+def test_dropping_the_image_equals_masking_it_in_float64():
+    model = true_float64(tiny_llava(dtype=torch.float64, head_scale=4.0))
+    batch = llava_batch(MIXED, dtype=torch.float64)
+    vlm = VLM(model)
+    rows, cols, _ = vlm.label_rows(batch)
+    # Compare in float64 what `contrast` rounds to float32 at its end.
+    out = vlm.forward(batch)
+    masked = vlm._masked(batch, out)
+    text = vlm.text_mask(batch)
+    dropped = vlm._dropped(out, text, torch.arange(len(text)))
+    place = text.cumsum(1) - 1
+    after_image = vlm.vision_mask(batch)[rows, cols]
+    assert after_image.any() and not after_image.all()
+    difference = (masked[rows, cols] - dropped[rows, place[rows, cols]]).abs().amax(-1)
+    assert difference[~after_image].max() <= 1e-12
+    assert difference[after_image].min() > 1e-3  # the released code's leak through the residual
+
+
+def test_contrast_is_the_difference_of_two_plain_passes():
+    model = tiny_llava(head_scale=4.0)
+    batch = llava_batch(["ttityyy"])
+    delta = VLM(model).contrast(batch)
+    text = batch["input_ids"] != IMAGE
+    positions = torch.arange(text.shape[1])[None][text][None]
+    with torch.no_grad():
+        with_image = model(**batch).logits
+        without = model(input_ids=batch["input_ids"][text][None], position_ids=positions).logits
+    labels = batch["labels"][0, -3:]
+    expected = with_image[0, -4:-1].gather(1, labels[:, None]) - without[0, -4:-1].gather(
+        1, labels[:, None]
+    )
+    torch.testing.assert_close(delta, expected[:, 0], atol=1e-4, rtol=1e-4)
+    assert delta.abs().max() > 1
+
+
+def test_contrast_is_zero_without_an_image_and_before_the_first():
+    vlm = VLM(tiny_llava(head_scale=4.0))
+    assert torch.equal(vlm.contrast(llava_batch(["tyyy", "ty"])), torch.zeros(4))
+    delta = vlm.contrast(llava_batch(["tyyiyy", "iyy"]))
+    assert torch.equal(delta[:2], torch.zeros(2))  # before the image
+    assert delta[2] != 0 and delta[3] != 0
+    assert delta[4] == 0  # no text before it: nothing to compare with
+    assert delta[5] != 0
+
+
+def test_contrast_does_not_depend_on_the_batch():
+    vlm = VLM(tiny_llava(head_scale=4.0))
+    batch = llava_batch(MIXED)
+    whole = vlm.contrast(batch)
+    images = [sample.count("i") for sample in MIXED]
+    alone = []
+    for i, count in enumerate(images):
+        one = {k: batch[k][i : i + 1] for k in ("input_ids", "attention_mask", "labels")}
+        if count:
+            start = sum(images[:i])
+            one["pixel_values"] = batch["pixel_values"][start : start + count]
+        alone.append(vlm.contrast(one))
+    torch.testing.assert_close(whole, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_contrast_switches_dropout_off():
+    model = tiny_llava(head_scale=4.0)
+    batch = llava_batch(MIXED)
+    expected = VLM(model).contrast(batch)
+    model.config.text_config.attention_dropout = 0.5
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    model.train()
+    assert torch.equal(VLM(model).contrast(batch), expected)
+    assert all(m.training for m in model.modules())
+
+
+def test_no_label_gives_no_delta():
+    assert VLM(tiny_llava()).contrast(llava_batch(["tit"])).shape == (0,)
+
+
+def test_patches_come_image_by_image():
+    model, batch = tiny_llava(), llava_batch(["ti", "t", "iti"])
+    vlm = VLM(model)
+    (hidden,) = vlm.hidden_states(batch, [1])
+    patches = vlm.image_patches(hidden, batch)
+    assert vlm.patch_grid(batch) == (4, 4) and patches.shape == (3, TOKENS, 32)
+    assert torch.equal(patches[0], hidden[0, 1 : 1 + TOKENS])
+    assert torch.equal(patches[1], hidden[2, :TOKENS])
+    assert torch.equal(patches[2], hidden[2, TOKENS + 1 : 2 * TOKENS + 1])
+
+
+def test_tied_embeddings_and_other_dtypes():
+    for dtype in (torch.bfloat16, torch.float64):
+        vlm = VLM(tiny_llava(tied=True, dtype=dtype))
+        delta = vlm.contrast(llava_batch(MIXED, dtype=dtype))
+        assert delta.dtype == torch.float32 and delta.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.pop("labels"), "labels, .* got none"),
+        (lambda b: b.update(labels=b["labels"][:, 1:]), "shape of input_ids"),
+        (lambda b: b.update(labels=b["input_ids"]), f"image token {IMAGE}"),
+    ],
+)
+def test_bad_labels_are_named(change, message):
+    batch = llava_batch(["tityy"])
+    change(batch)
+    with pytest.raises(ValueError, match=message):
+        VLM(tiny_llava()).contrast(batch)
+
+
+def test_bad_arguments_are_named():
+    vlm = VLM(tiny_llava())
+    with pytest.raises(ValueError, match=r"layers must lie in 1..3: got 4"):
+        vlm.hidden_states(llava_batch(["tiy"]), [4])
+    with pytest.raises(ValueError, match="mode must be one of .*: got 'erase'"):
+        vlm.contrast(llava_batch(["tiyy"]), "erase")
+    with pytest.raises(ValueError, match="no pixel_values"):
+        vlm.patch_grid(llava_batch(["ty"]))
+    with pytest.raises(TypeError, match="Linear has no get_decoder"):
+        fastalign.VLM(torch.nn.Linear(2, 2))
+
+
+def test_a_text_model_is_refused():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    with pytest.raises(TypeError, match="text-only"):
+        VLM(LlamaForCausalLM(config))

@@ -1,0 +1,239 @@
+"""The training loop: what it computes, what it writes, and how it comes back after a crash."""
+
+import importlib.util
+import json
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastalign as fa
+from fastalign import checkpoint
+from fastalign.config import StepSampler, learning_rate
+from fastalign.testing.models import llava_batch, tiny_llava
+
+RUN = Path(__file__).with_name("_train_run.py")
+spec = importlib.util.spec_from_file_location("_train_run", RUN)
+run = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(run)
+
+
+def train(folder, objective="sft", collate=run.collate, **changes):
+    config = run.config(folder, objective, **changes)
+    return fa.train(config, model=run.model(), dataset=range(20), collate=collate)
+
+
+def parameters(result):
+    return {k: v for k, v in result.model.state_dict().items() if "fastalign" in k}
+
+
+@pytest.mark.parametrize("objective", ["sft", "cal", "deepalign"])
+def test_killed_run_resumes_bit_equal(tmp_path, objective):
+    """SIGKILL in the middle, then the same command: the end is that of an undisturbed run."""
+    whole = train(tmp_path / "whole", objective)
+    # DeepAlign's classifier phase takes batches of its own first.
+    fatal = 10 if objective != "deepalign" else 20
+    command = [sys.executable, str(RUN), str(tmp_path / "killed"), objective]
+    killed = subprocess.run([*command, str(fatal)], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "killed")] == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    resumed = subprocess.run(command, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    expected = load_file(tmp_path / "whole/adapter/adapter_model.safetensors")
+    actual = load_file(tmp_path / "killed/adapter/adapter_model.safetensors")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[k], expected[k]) for k in expected)
+    lines = (tmp_path / "killed/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses == [line["loss"] for line in whole.history] and len(losses) == run.STEPS
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
+    train(tmp_path, max_steps=4)
+    (tmp_path / "checkpoint-4/trainer.json").unlink()
+    (tmp_path / ".checkpoint-6.partial").mkdir()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
+    again = train(tmp_path, max_steps=4)
+    assert [line["step"] for line in again.history] == [1, 2, 3, 4]
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    train(tmp_path, save_every=1, keep_checkpoints=3)
+    names = [p.name for p in checkpoint.checkpoints(tmp_path)]
+    assert names == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
+    stored = load_file(tmp_path / "checkpoint-6/trained.safetensors")
+    assert all("fastalign_adapter" in name for name in stored)
+
+
+def test_another_run_is_not_resumed(tmp_path):
+    train(tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match=r"another run \(learning_rate: 0.01 then, 0.02 now\)"):
+        train(tmp_path, max_steps=2, learning_rate=2e-2)
+    train(tmp_path, max_steps=2, learning_rate=2e-2, resume=False)
+
+
+@pytest.mark.parametrize("objective", ["sft", "cal"])
+def test_accumulation_does_not_change_the_run(tmp_path, objective):
+    """1 x 4, 2 x 2 and 4 x 1 samples a step: equal losses and weights, dropout off."""
+    results = []
+    for size, steps in ((4, 1), (2, 2), (1, 4)):
+        config = run.config(
+            tmp_path / str(size),
+            objective,
+            batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=3,
+            save_every=0,
+        )
+        # One sample's tokens must not depend on its company.
+        single = lambda i: run.llava_batch([run.SAMPLES[i % 4]], seed=i)
+        collate = lambda indices: merge([single(i) for i in indices])
+        results.append(fa.train(config, model=tiny_llava(), dataset=range(20), collate=collate))
+    for other in results[1:]:
+        for a, b in zip(results[0].history, other.history, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def merge(batches):
+    length = max(b["input_ids"].shape[1] for b in batches)
+    merged = {}
+    for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+        rows = [
+            torch.nn.functional.pad(b[name], (0, length - b[name].shape[1]), value=value)
+            for b in batches
+        ]
+        merged[name] = torch.cat(rows)
+    images = [b["pixel_values"] for b in batches if "pixel_values" in b]
+    if images:
+        merged["pixel_values"] = torch.cat(images)
+    return merged
+
+
+def test_the_base_is_frozen_and_the_adapter_learns(tmp_path):
+    before = {k: v.clone() for k, v in run.model().state_dict().items()}
+    result = train(tmp_path, "deepalign", max_steps=4)
+    after = result.model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    moved = [v.abs().sum() for k, v in after.items() if "conv2.weight" in k]
+    assert len(moved) == 2 and all(m > 0 for m in moved)
+    assert result.classifier.heldout_pairs > 0 and result.path == tmp_path / "adapter"
+    fresh = run.model()
+    fa.load_adapter(fresh, result.path)
+    batch = llava_batch(["ttity"])
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(**batch).logits, result.model(**batch).logits)
+
+
+def test_every_parameter_can_be_trained(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    result = train(tmp_path, "sft", trainable="all", max_steps=3)
+    assert not hasattr(result.model, "fastalign_adapter")
+    loaded = AutoModelForImageTextToText.from_pretrained(result.path, dtype=torch.float32)
+    original = run.model().state_dict()
+    moved = [not torch.equal(v, original[k]) for k, v in loaded.state_dict().items()]
+    assert sum(moved) > 0.8 * len(moved)
+    batch = llava_batch(["ttity"])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, result.model(**batch).logits)
+
+
+def test_bfloat16_run_keeps_float32_weights(tmp_path):
+    model = run.model().to(torch.bfloat16)
+    config = run.config(tmp_path, "deepalign", bf16=True, max_steps=2)
+    result = fa.train(config, model=model, dataset=range(20), collate=run.collate)
+    stored = load_file(result.path / "adapter_model.safetensors")
+    assert {v.dtype for v in stored.values()} == {torch.float32}
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        batch = llava_batch(["ttity"], dtype=torch.bfloat16)
+        assert result.model(**batch).logits.isfinite().all()
+
+
+def test_training_lowers_the_loss(tmp_path):
+    collate = lambda indices: run.llava_batch(run.SAMPLES, seed=0)
+    result = train(tmp_path, "sft", collate, trainable="all", max_steps=15, save_every=0)
+    assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
+
+
+def test_lines_hold_rates_and_memory(tmp_path):
+    result = train(tmp_path, "cal", max_steps=4, log_every=2)
+    assert [line["step"] for line in result.history] == [2, 4]
+    names = {"loss", "ce", "accuracy", "delta", "weight", "grad_norm", "learning_rate"}
+    names |= {"step", "tokens_per_s", "images_per_s", "peak_mib"}
+    assert set(result.history[0]) == names
+    assert all(math.isfinite(v) for line in result.history for v in line.values())
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.history
+
+
+def test_nan_stops_the_run_before_the_step(tmp_path):
+    def poisoned(indices):
+        batch = run.collate(indices)
+        if 7 in indices and "pixel_values" in batch:
+            batch["pixel_values"] = batch["pixel_values"] * torch.nan
+        return batch
+
+    with pytest.raises(FloatingPointError, match=r"loss.* not finite at step \d"):
+        train(tmp_path, "sft", poisoned, max_steps=20, save_every=1)
+    newest = load_file(checkpoint.checkpoints(tmp_path)[-1] / "trained.safetensors")
+    assert all(v.isfinite().all() for v in newest.values())
+
+
+def test_the_schedule_is_warm_up_then_cosine():
+    config = fa.TrainConfig(max_steps=110, warmup_ratio=10 / 110, learning_rate=1.0)
+    assert learning_rate(0, config) == pytest.approx(0.1)
+    assert learning_rate(9, config) == pytest.approx(1.0)
+    assert learning_rate(60, config) == pytest.approx(0.5)
+    assert learning_rate(109, config) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 4), (2, 2), (4, 1)])
+def test_a_step_takes_the_same_samples_however_divided(ranks, steps):
+    config = fa.TrainConfig(max_steps=5, batch_size=2, gradient_accumulation_steps=steps, seed=3)
+    lists = [list(StepSampler(13, config, rank, ranks, 0)) for rank in range(ranks)]
+    whole = list(
+        StepSampler(13, replace(config, batch_size=8, gradient_accumulation_steps=1), 0, 1, 0)
+    )
+    for step in range(5):
+        own = [lists[r][step * steps + m] for m in range(steps) for r in range(ranks)]
+        assert sum(own, []) == whole[step]
+    flat = sum(whole, [])
+    assert sorted(flat[:13]) == list(range(13)) and flat[:13] != flat[13:26]
+    later = list(StepSampler(13, config, 0, ranks, 3))
+    assert later == lists[0][3 * steps :]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "dpo"}, "objective must be one of .*'dpo'"),
+        ({"trainable": "head"}, "trainable must be one of"),
+        ({"batch_size": 0}, "batch_size must be at least 1: got 0"),
+        ({"warmup_ratio": 2.0}, "warmup_ratio must lie in 0..1"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        fa.TrainConfig(**changes)
+
+
+def test_missing_materials_are_named(tmp_path):
+    config = run.config(tmp_path, "sft")
+    with pytest.raises(ValueError, match="must name a model and data"):
+        fa.train(config)
+    with pytest.raises(ValueError, match="collate must be given"):
+        fa.train(config, model=run.model(), dataset=range(4))
+    with pytest.raises(ValueError, match="at least one sample"):
+        fa.train(config, model=run.model(), dataset=range(0), collate=run.collate)
