@@ -113,7 +113,9 @@ def load(
 
 def trained_tensors(model: nn.Module, state: nn.Module | None) -> dict[str, Tensor]:
     """What a checkpoint holds: trainable parameters of the model, and the objective's state."""
-    tensors = {f"model.{k}": p for k, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, Tensor] = {
+        f"model.{k}": p for k, p in model.named_parameters() if p.requires_grad
+    }
     if state is not None:
         tensors |= {f"objective.{k}": v for k, v in state.state_dict(keep_vars=True).items()}
     return tensors

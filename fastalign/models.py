@@ -47,7 +47,8 @@ def layer_stack(module: nn.Module) -> nn.ModuleList:
 
 def first_tensor(output: Any) -> Tensor:
     """The hidden states of a layer's output, which is a tensor or a tuple that begins with it."""
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 @contextmanager
@@ -125,7 +126,8 @@ class VLM:
         mask = batch.get("attention_mask")
         if mask is None:
             return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-        return mask.bool()
+        attended: Tensor = mask.bool()
+        return attended
 
     def patch_grid(self, batch: Batch) -> tuple[int, int]:
         """Rows and columns of the image tokens of each image of the batch.
@@ -274,7 +276,7 @@ class VLM:
         delta = torch.zeros_like(with_image)
         if active.any():
             chosen, at = rows[active], cols[active]
-            samples, sample_of = chosen.unique(return_inverse=True)
+            samples, sample_of = torch.unique(chosen, return_inverse=True)
             hidden = self._dropped(out, text[samples], samples)
             without = self.label_logits(hidden[sample_of, place[chosen, at]], labels[active])
             delta[active] = with_image[active] - without

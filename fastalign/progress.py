@@ -1,7 +1,6 @@
 """What a run reports while it goes: a progress bar, `metrics.jsonl`, trackers."""
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,8 @@ def peak_memory_mib(device: torch.device) -> float:
     """Most memory held so far, in MiB: the allocator's on CUDA, else the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # Unix only
+
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

@@ -13,7 +13,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 class PatchTeacher(nn.Module):
-    """Patch features of a Vision Transformer of transformers (`Dinov2Model`, `DINOv3ViTModel`, ...).
+    """Patch features of a vision transformer of transformers (`Dinov2Model`, `DINOv3ViTModel`).
 
     It sees the student's images: their normalisation is undone, they are resized to the teacher's
     own size (bicubic, antialiased) and normalised as the teacher expects. Frozen, in evaluation
@@ -64,7 +64,8 @@ class PatchTeacher(nn.Module):
         """The teacher at `path`, for a student whose processor lies at `student_path`."""
         from transformers import AutoImageProcessor, AutoModel
 
-        processor = AutoImageProcessor.from_pretrained(student_path)
+        loader: Any = AutoImageProcessor
+        processor = loader.from_pretrained(student_path)
         statistics = (processor.image_mean, processor.image_std)
         return cls(AutoModel.from_pretrained(path), student=statistics, image_size=image_size)
 

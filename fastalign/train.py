@@ -43,7 +43,7 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.state = vlm.model, state
         self._vlm, self._bf16 = [vlm], config.bf16
-        if config.objective == "deepalign":
+        if state is not None:
             self.objective: Callable[..., Terms] = functools.partial(
                 objectives.deepalign, state=state
             )
@@ -185,7 +185,8 @@ def _materials(
 
         dataset = load_records(config.data, config.image_root)
         source = config.model or str(model.name_or_path)
-        processor = AutoProcessor.from_pretrained(source)
+        loader: Any = AutoProcessor
+        processor = loader.from_pretrained(source)
         collate = Collator(processor, max_length=config.max_length)
     return model, dataset, collate
 

@@ -51,7 +51,8 @@ def released_cal(model, batch, alpha=1.0, beta=5.0, eps=1e-6):
     valid = target != -100
     index = target.clamp_min(0)[:, None]
     delta = (logits.detach() - without).gather(1, index)[:, 0]
-    weights = F.avg_pool1d(delta.clamp(alpha, beta)[None], 3, stride=1, padding=1)[0]
+    clamped = delta.clamp(alpha, beta)[None]
+    weights = F.avg_pool1d(clamped, 3, stride=1, padding=1, count_include_pad=False)[0]
     ce = F.cross_entropy(logits[valid], target[valid], reduction="none")
     return (ce * weights[valid]).sum() / (weights[valid].sum() + eps)
 

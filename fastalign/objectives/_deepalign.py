@@ -117,7 +117,8 @@ class DeepAlignState(nn.Module):
         height, width = grid
         n = features.shape[1]
         if n == height * width:
-            return features
+            found: Tensor = features
+            return found
         side = round(n**0.5)
         source = batch.get("teacher_grid", (side, side))
         return losses.resample_grid(features, source, grid)
@@ -195,9 +196,9 @@ def _intervention(
     config = state.config
     rows, (vision, text) = pair_rows(vlm, batch)
     names = [name for name in ("global", "instance", "mutual") if config.weight(name)]
-    if not len(rows):
-        if vlm.model.training:  # every rank takes part in the mean
-            state.direction.update(out.hidden.new_zeros(0, vlm.hidden_size))
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    # A rank without pairs still takes part in the mean and in the exchange of negatives.
+    if not len(rows) and not (ranks and totals is not None and totals["pairs"] > 0):
         return {name: out.hidden.sum() * 0.0 for name in names}
     with torch.no_grad(), disabled(vlm.model):
         h_v, h_t = representations(vlm, batch, state.layers, config.pool)
@@ -211,7 +212,7 @@ def _intervention(
             total = losses.shift_align(h_v, shifted, direction, kind=config.kind, reduction="sum")
             shares[name] = share(total, "pairs", len(rows), totals)
     if "mutual" in names:
-        options: dict[str, Any] = {"estimator": config.estimator}
+        options: dict[str, Any] = {"estimator": config.estimator, "gather": ranks}
         if config.estimator == "infonce":
             options["temperature"] = config.temperature
         information = losses.mutual_information

@@ -87,7 +87,7 @@ def cal(
     terms["weight"] = share(weights.sum(), "tokens", len(delta), totals)
     tiny = torch.finfo(torch.float32).tiny
     if normalize == "sample":
-        terms["loss"] = share(result.loss, "samples", len(rows.unique()), totals)
+        terms["loss"] = share(result.loss, "samples", len(torch.unique(rows)), totals)
     elif normalize == "official":
         terms["loss"] = result.loss / (weights.sum() + 1e-6)
         if totals is not None:
@@ -110,7 +110,7 @@ def _has_dropout(model: nn.Module) -> bool:
 
 def _sample_factors(rows: Tensor, weights: Tensor) -> Tensor:
     """Weights divided by their sum over the labels of their own sample."""
-    _, sample = rows.unique(return_inverse=True)
+    _, sample = torch.unique(rows, return_inverse=True)
     sums = torch.zeros(len(rows), device=weights.device).index_add(0, sample, weights)
     return weights / sums[sample].clamp_min(torch.finfo(torch.float32).tiny)
 

@@ -1,0 +1,1 @@
+"""The embedded demo: scenes, a tiny LLaVA, a teacher and their evaluation, without a download."""

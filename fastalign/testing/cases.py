@@ -1,0 +1,119 @@
+"""Shapes and dtypes of each op: small and odd ones for tests, those of named models for timing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Generator, Tensor
+
+Inputs = tuple[Tensor | None, ...]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and dtype of one op.
+
+    Args:
+        op: Name of the op.
+        shape: Sizes that its inputs are made from: (t, v, d) for label_logits, else (..., d).
+        dtype: Of the activations.
+        variant: "" or a way in which the inputs differ, see the functions below.
+        model: The model whose shape this is; "" for a case of a test.
+        quick: Small enough for a smoke run on a CPU.
+        large: Too large for a CPU: gigabytes in float64.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    variant: str = ""
+    model: str = ""
+    quick: bool = False
+    large: bool = False
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return "-".join(part for part in (self.model, size, dtype, self.variant) if part)
+
+    def inputs(self, device: str | torch.device = "cpu") -> Inputs:
+        """The arguments of the op, the same every time."""
+        made = _INPUTS[self.op](self, torch.Generator().manual_seed(0))
+        return tuple(x if x is None else x.to(device) for x in made)
+
+
+def cases(op: str, *, bench: bool = False, quick: bool = False) -> list[Case]:
+    """Cases of `op` for tests; with `bench` those to time, of them the small ones with `quick`."""
+    found = [case for case in _CASES if case.op == op and bool(case.model) == bench]
+    return [case for case in found if case.quick] if quick else found
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Tensor:
+    return torch.randn(shape, generator=g).to(dtype)
+
+
+def _hadamard_reweight(case: Case, g: Generator) -> Inputs:
+    """h, w; the second row of h is 0. Variant "shared": w is (d,)."""
+    h = _normal(case.shape, case.dtype, g)
+    if not case.model:
+        h.view(-1, case.shape[-1])[1:2] = 0
+    w_shape = case.shape[-1:] if case.variant == "shared" else case.shape
+    return h, _normal(w_shape, case.dtype, g)
+
+
+def _label_logits(case: Case, g: Generator) -> Inputs:
+    """hidden, weight, labels, bias; every fourth label is ignored. Variant "bias": not None."""
+    t, v, d = case.shape
+    labels = torch.randint(v, (t,), generator=g)
+    labels[3::4] = -100
+    bias = _normal((v,), case.dtype, g) if case.variant == "bias" else None
+    hidden, weight = _normal((t, d), case.dtype, g), _normal((v, d), case.dtype, g)
+    return hidden, weight, labels, bias
+
+
+def _calibrate(case: Case, g: Generator) -> Inputs:
+    """x, vision_mask, scale, shift. Variant "float32": the dtype of scale and shift."""
+    *rows, d = case.shape
+    dtype = torch.float32 if case.variant == "float32" else case.dtype
+    mask = torch.rand(rows, generator=g) < 0.75
+    return _normal(case.shape, case.dtype, g), mask, *(_normal((d,), dtype, g) for _ in range(2))
+
+
+_INPUTS: dict[str, Callable[[Case, Generator], Inputs]] = {
+    "hadamard_reweight": _hadamard_reweight,
+    "label_logits": _label_logits,
+    "calibrate": _calibrate,
+}
+
+# Empty, one element, each odd width, batched; 1025 spills over a power of two.
+_ROWS = [(0, 8), (1, 1), (3, 2), (4, 3), (2, 3, 7), (5, 127), (3, 128), (2, 2, 129), (2, 1025)]
+_BF16 = torch.bfloat16
+_CASES = [
+    *(Case("hadamard_reweight", s, t) for s, t in product(_ROWS, DTYPES)),
+    *(Case("hadamard_reweight", (2, 3, 33), t, "shared") for t in DTYPES),
+    *(
+        Case("label_logits", s, t)
+        for s, t in product(
+            [(0, 5, 8), (1, 1, 1), (4, 3, 2), (5, 9, 3), (6, 4, 7), (9, 5, 127), (4, 7, 1025)],
+            DTYPES,
+        )
+    ),
+    *(Case("label_logits", (40, 2, 129), t, "bias") for t in DTYPES),  # 15 tokens a label
+    *(Case("calibrate", s, t) for s, t in product(_ROWS, DTYPES)),
+    *(Case("calibrate", (2, 9, 33), t, "float32") for t in DTYPES),
+    # Vision tokens of 8 images, then a batch of 4 samples with their text.
+    Case("hadamard_reweight", (576, 1024), _BF16, model="quick", quick=True),
+    Case("hadamard_reweight", (8 * 576, 4096), _BF16, model="LLaVA-1.5-7B"),
+    Case("hadamard_reweight", (8 * 576, 4096), _BF16, "shared", model="LLaVA-1.5-7B"),
+    Case("hadamard_reweight", (8 * 256, 3584), _BF16, model="InternVL3-8B"),
+    Case("label_logits", (128, 1000, 1024), _BF16, model="quick", quick=True),
+    Case("label_logits", (2048, 32064, 4096), _BF16, model="LLaVA-1.5-7B"),
+    Case("label_logits", (2048, 152064, 3584), _BF16, model="Qwen2.5-VL-7B", large=True),
+    Case("calibrate", (2, 288, 1024), _BF16, "float32", model="quick", quick=True),
+    Case("calibrate", (4, 704, 4096), _BF16, "float32", model="LLaVA-1.5-7B"),
+    Case("calibrate", (2, 3072, 4096), _BF16, "float32", model="LLaVA-NeXT-7B"),
+    Case("calibrate", (4, 1536, 3584), _BF16, "float32", model="Qwen2.5-VL-7B"),
+]

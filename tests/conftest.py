@@ -1,0 +1,97 @@
+"""What every test shares: the device, Triton's interpreter without a GPU, and NaN-filled memory."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("fastalign", max_examples=50, deadline=None)
+settings.load_profile("fastalign")
+
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:  # read when a kernel is defined, so before fastalign_kernels is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _patch_interpreter() -> None:
+    """Make the interpreter treat bfloat16 and tf32 as the hardware does.
+
+    It keeps bfloat16 as uint16 bit patterns: unpatched, it truncates float32 to bfloat16, and does
+    arithmetic on the bit patterns. Here it rounds to nearest even, multiplies matrices of the
+    values, rounds tf32 operands, and refuses other arithmetic on bfloat16 (kernels widen first).
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot, binary = (
+        InterpreterBuilder.cast_impl,
+        InterpreterBuilder.create_dot,
+        InterpreterBuilder.binary_op,
+    )
+
+    def round_bits(values: np.ndarray, bits: int) -> np.ndarray:
+        """The bit patterns of float32 `values`, rounded to even at the `bits` lowest."""
+        patterns = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
+        half = (1 << (bits - 1)) - 1
+        return (patterns + half + ((patterns >> bits) & 1)) >> bits
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target != tl.float32:
+            return self.cast_impl(cast_impl(self, src, tl.float32), dst_type)
+        if source == tl.bfloat16:
+            return TensorHandle((src.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if target == tl.bfloat16:
+            values = src.data.astype(np.float32)
+            patterns = round_bits(values, 16).astype(np.uint16)
+            return TensorHandle(
+                np.where(np.isnan(values), 0x7FFF, patterns).astype(np.uint16), target
+            )
+        return cast(self, src, dst_type)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+        def operand(x: Any) -> Any:
+            if x.dtype.scalar == tl.bfloat16:
+                return cast_impl(self, x, tl.float32)
+            if x.dtype.scalar == tl.float32 and str(precision).lower().endswith("tf32"):
+                rounded = (round_bits(x.data, 13) << 13).astype(np.uint32).view(np.float32)
+                return TensorHandle(rounded, tl.float32)
+            return x
+
+        return dot(self, operand(a), operand(b), d, precision, imprecise)
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
+            raise TypeError("a kernel must widen bfloat16 before it computes with it")
+        return binary(self, lhs, rhs, op)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.binary_op = binary_op
+
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    _patch_interpreter()
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """The device that kernels are tested on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    """One seed a test, and torch.empty gives NaN: a kernel that skips an element cannot pass."""
+    torch.manual_seed(0)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
