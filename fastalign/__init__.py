@@ -13,7 +13,7 @@ from fastalign.models import VLM
 from fastalign.train import TrainConfig, train
 
 if TYPE_CHECKING:
-    from fastalign import data, demo, diagnostics, integrations, metrics
+    from fastalign import data, demo, diagnostics, metrics
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "demo",
     "detach",
     "diagnostics",
-    "integrations",
     "linalg",
     "load_adapter",
     "losses",
@@ -36,7 +35,7 @@ __all__ = [
     "save_adapter",
     "train",
 ]
-_LAZY = frozenset({"data", "demo", "diagnostics", "integrations", "metrics"})
+_LAZY = frozenset({"data", "demo", "diagnostics", "metrics"})
 
 
 def __getattr__(name: str) -> Any:

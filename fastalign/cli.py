@@ -99,10 +99,6 @@ def demo(argv: list[str]) -> None:
 
     from fastalign.demo.run import DemoConfig, run
 
-    if any(field.name == "json" for field in dataclasses.fields(DemoConfig)):
-        run(_parse(DemoConfig, argv, "demo"))
-        return
-
     @dataclass(kw_only=True)
     class Demo:
         """Train and compare the objectives on the embedded scenes.
@@ -115,12 +111,7 @@ def demo(argv: list[str]) -> None:
         json: Path | None = None
 
     options = _parse(Demo, argv, "demo", default=Demo(settings=DemoConfig()))
-    result = run(options.settings)
-    _write_json(options.json, dataclasses.asdict(result) if _is_data(result) else result)
-
-
-def _is_data(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+    _write_json(options.json, run(options.settings))
 
 
 def bench(argv: list[str]) -> None:
@@ -487,9 +478,11 @@ def heatmap(argv: list[str]) -> None:
     """Show which words of a caption come from the image."""
     options = _parse(Heatmap, argv, "heatmap")
 
-    from fastalign.data import Collator, Record
+    from fastalign.data import Collator, Record, open_image
 
-    record = Record.from_caption(options.image, options.text, prompt=options.prompt)
+    # Opened before the model is loaded, which takes longer to find out about a wrong name.
+    image = open_image(options.image)
+    record = Record.from_caption(image, options.text, prompt=options.prompt)
     vlm, processor = options.load()
 
     from fastalign import diagnostics

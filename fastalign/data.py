@@ -525,7 +525,9 @@ class Collator:
     def _tokens(self, text: str) -> list[int]:
         if not text:
             return []
-        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # Not verbose: it would warn of lengths that `_fit` has yet to judge.
+        options = {"add_special_tokens": False, "verbose": False}
+        return list(self.processor.tokenizer(text, **options)["input_ids"])
 
     def _fit(self, sample: _Sample) -> _Sample:
         """`sample` cut to `max_length`, or the reason why it cannot be."""

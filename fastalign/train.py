@@ -86,6 +86,7 @@ def train(
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else ranks on CPUs do not find each other
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

@@ -44,10 +44,12 @@ def folder(tmp_path_factory):
 
 
 def fails(capsys, *argv, status=1):
-    """The one line that a command leaves on stderr."""
+    """The line on stderr that says what is wrong, below what the model's loading left there."""
     assert cli.main([str(a) for a in argv]) == status
-    error = capsys.readouterr().err.strip()
-    assert "\n" not in error and "Traceback" not in error
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    error = shown.splitlines()[-1]
+    assert error.startswith(f"fastalign {argv[0]}: ")
     return error
 
 
@@ -243,7 +245,18 @@ def test_train(folder, tmp_path, capsys):
 def test_mir(folder, tmp_path, capsys):
     files = tmp_path / "out" / "r.json", tmp_path / "out" / "layers.png"
     where = ["--model", folder / "tiny", "--images", folder / "images", "--texts", folder / "texts"]
-    argv = ["mir", *where, "--json", files[0], "--figure", files[1], "--batch-size", "2"]
+    argv = [
+        "mir",
+        *where,
+        "--json",
+        files[0],
+        "--figure",
+        files[1],
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+    ]
     with pytest.warns(UserWarning, match="covariance is singular"):
         assert cli.main([str(a) for a in argv]) == 0
     shown = capsys.readouterr().out
@@ -264,6 +277,7 @@ def test_mir_cuts_long_texts_and_never_images(folder, tmp_path, capsys):
     # 256 is what the model can take, 64 of them image tokens.
     result = json.loads(report.read_text())
     assert (result["vision_tokens"], result["text_tokens"]) == (64, 192)
+    assert "longer than" not in capsys.readouterr().err
     assert "images are never cut" in fails(capsys, "mir", *where, "--max-length", 20)
 
 

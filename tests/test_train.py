@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import fastalign as fa
 from fastalign import checkpoint
 from fastalign.config import StepSampler, learning_rate
-from fastalign.testing.models import llava_batch, tiny_llava
+from fastalign.testing.models import llava_batch
 
 RUN = Path(__file__).with_name("_train_run.py")
 spec = importlib.util.spec_from_file_location("_train_run", RUN)
@@ -40,7 +40,7 @@ def test_killed_run_resumes_bit_equal(tmp_path, objective):
     # DeepAlign's classifier phase takes batches of its own first.
     fatal = 10 if objective != "deepalign" else 20
     command = [sys.executable, str(RUN), str(tmp_path / "killed"), objective]
-    killed = subprocess.run([*command, str(fatal)], capture_output=True, text=True)
+    killed = subprocess.run([*command, "--kill", str(fatal)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "killed")] == [
         "checkpoint-2",
@@ -94,29 +94,35 @@ def test_accumulation_does_not_change_the_run(tmp_path, objective):
             max_steps=3,
             save_every=0,
         )
-        # One sample's tokens must not depend on its company.
-        single = lambda i: run.llava_batch([run.SAMPLES[i % 4]], seed=i)
-        collate = lambda indices: merge([single(i) for i in indices])
-        results.append(fa.train(config, model=tiny_llava(), dataset=range(20), collate=collate))
+        model = run.model(dropout=0.0)
+        results.append(fa.train(config, model=model, dataset=range(20), collate=run.collate))
     for other in results[1:]:
         for a, b in zip(results[0].history, other.history, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def merge(batches):
-    length = max(b["input_ids"].shape[1] for b in batches)
-    merged = {}
-    for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
-        rows = [
-            torch.nn.functional.pad(b[name], (0, length - b[name].shape[1]), value=value)
-            for b in batches
-        ]
-        merged[name] = torch.cat(rows)
-    images = [b["pixel_values"] for b in batches if "pixel_values" in b]
-    if images:
-        merged["pixel_values"] = torch.cat(images)
-    return merged
+@pytest.mark.parametrize("objective", ["cal", "deepalign"])
+def test_two_ranks_train_as_one(tmp_path, objective):
+    """2 x 2 samples on gloo ranks and 1 x 4 on one process: equal losses and adapters."""
+    command = [str(RUN), "FOLDER", objective, "--no-dropout", "--batch-size"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, prefix, size in (("one", [sys.executable], "4"), ("two", launch, "2")):
+        command[1] = str(tmp_path / name)
+        done = subprocess.run([*prefix, *command, size], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    weights = [
+        load_file(tmp_path / n / "adapter/adapter_model.safetensors") for n in ("one", "two")
+    ]
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_the_base_is_frozen_and_the_adapter_learns(tmp_path):
@@ -161,7 +167,7 @@ def test_bfloat16_run_keeps_float32_weights(tmp_path):
 
 
 def test_training_lowers_the_loss(tmp_path):
-    collate = lambda indices: run.llava_batch(run.SAMPLES, seed=0)
+    collate = lambda indices: llava_batch(run.SAMPLES)
     result = train(tmp_path, "sft", collate, trainable="all", max_steps=15, save_every=0)
     assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
 
