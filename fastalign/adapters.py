@@ -36,7 +36,7 @@ class AdapterConfig:
         shift_hidden_dim: Channels between its two convolutions; the encoder's width when None. The
             published 200 M parameters at width 1024 are about 5440.
         kernel_size: Of the convolutions, odd.
-        calibration: A `ModalityCalibration` after every layer of the decoder (MoCa, section 5).
+        calibration: A `ModalityCalibration` after every layer of the decoder (MoCa, section 4).
         calibration_init_std: Spread of its start around the identity; 0 as published.
     """
 
