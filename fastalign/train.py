@@ -188,7 +188,9 @@ def _materials(
         source = config.model or str(model.name_or_path)
         loader: Any = AutoProcessor
         processor = loader.from_pretrained(source)
-        collate = Collator(processor, max_length=config.max_length)
+        # A model learns to stop from the end token, which LLaVA-1.5's template leaves out.
+        ends = processor.tokenizer.eos_token is not None
+        collate = Collator(processor, max_length=config.max_length, append_eos=ends)
     return model, dataset, collate
 
 

@@ -183,6 +183,21 @@ def test_lines_hold_rates_and_memory(tmp_path):
     assert [json.loads(line) for line in lines] == result.history
 
 
+def test_trackers_get_every_line_and_the_settings(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    started, logged, ended = [], [], []
+    monkeypatch.setattr(
+        Accelerator, "init_trackers", lambda self, name, config: started.append(config)
+    )
+    monkeypatch.setattr(Accelerator, "log", lambda self, line, step: logged.append((step, line)))
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: ended.append(True))
+    result = train(tmp_path, max_steps=4, log_every=2, report_to=("all",))
+    assert [step for step, _ in logged] == [2, 4] and ended == [True]
+    assert [line for _, line in logged] == result.history
+    assert started[0]["adapter.kernel_size"] == 3 and started[0]["learning_rate"] == 1e-2
+
+
 def test_nan_stops_the_run_before_the_step(tmp_path):
     def poisoned(indices):
         batch = run.collate(indices)

@@ -27,7 +27,7 @@ Outcomes = dict[str, dict[str, list[dict[str, Any]]]]
 
 @contextmanager
 def progress(runs: int) -> Iterator[Callable[[str], None]]:
-    """A bar over `runs` runs; call it with the name of each as it begins."""
+    """A bar over `runs` runs; call it with the name of each as it ends."""
     from rich import progress as bars
 
     columns = (
@@ -39,15 +39,14 @@ def progress(runs: int) -> Iterator[Callable[[str], None]]:
     )
     with bars.Progress(*columns) as bar:
         task = bar.add_task("", total=runs)
-        begun = 0
+        done = 0
 
         def advance(name: str) -> None:
-            nonlocal begun
-            bar.update(task, completed=begun, description=name)
-            begun += 1
+            nonlocal done
+            done += 1
+            bar.update(task, completed=done, description=name)
 
         yield advance
-        bar.update(task, completed=runs, description="done")
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -83,6 +82,7 @@ def summarise(config: DemoConfig, base: dict[str, Any], outcomes: Outcomes) -> d
         "accuracy": {
             "with_image": base["accuracy"],
             "shuffled_image": {name: base["shuffled"][name] for name in ATTRIBUTES},
+            "seen_combinations": {name: base["seen"][name] for name in ATTRIBUTES},
             "chance": dict(CHANCE),
         },
         "arms": {"base": _arm([base])},
@@ -113,23 +113,23 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console()
     with_image, shuffled = (result["accuracy"][k] for k in ("with_image", "shuffled_image"))
-    table = Table(title="Base model on held-out combinations: accuracy by attribute")
+    table = Table(title="Base model: accuracy by attribute, on combinations never trained on")
     for column in ("", *ATTRIBUTES):
         table.add_column(column, justify="right" if column else "left")
     for name, row in (
         ("right image", with_image),
         ("shuffled image", shuffled),
+        ("seen combinations", result["accuracy"]["seen_combinations"]),
         ("chance", result["accuracy"]["chance"]),
     ):
         table.add_row(name, *(f"{row[a]:.2f}" for a in ATTRIBUTES))
     console.print(table)
 
-    seeds = result["seeds"]
-    table = Table(title=f"After post-training: mean of {seeds} seeds, ± 95 % interval")
-    for column in ("arm", "captions", "cross-entropy", "accuracy", "MIR", "patch correlation"):
+    seeds, noisy = result["seeds"], f"{result['noise']:.0%}"
+    table = Table(title=f"After post-training, mean of {seeds} seeds ± 95 % interval; {noisy} swapped")
+    for column in ("arm", "captions", "CE (nats)", "accuracy", "MIR", "patch corr."):
         table.add_column(column, justify="left" if column in ("arm", "captions") else "right")
-    noisy = f"{result['noise']:.0%} swapped"
-    for key, captions in (("arms", "clean"), ("swapped_arms", noisy)):
+    for key, captions in (("arms", "clean"), ("swapped_arms", "swapped")):
         for arm, values in result[key].items():
             if arm == "base" and key == "swapped_arms":
                 continue
@@ -145,7 +145,7 @@ def show(result: dict[str, Any]) -> None:
 
 def _cell(values: dict[str, Any], name: str) -> str:
     half = values[f"{name}_interval"]
-    return f"{values[name]:.3f}" + ("" if half != half else f" ± {half:.3f}")
+    return f"{values[name]:.3f}" + ("" if half != half else f"±{half:.3f}")
 
 
 def findings(result: dict[str, Any]) -> list[str]:
@@ -186,7 +186,7 @@ def figures(
     folder: Path,
     result: dict[str, Any],
     base: nn.Module,
-    models: dict[str, nn.Module],
+    aligned: nn.Module,
     heldout: SceneDataset,
     teacher: Callable[[Tensor], Tensor],
 ) -> list[Path]:
@@ -196,7 +196,7 @@ def figures(
 
     samples = diagnostics.token_contrast(VLM(base), build_processor(), heldout.batch(range(6)))
     before, after = (
-        _similarity(model, heldout, teacher, STUDENT_LAYER) for model in (base, models["deepalign"])
+        _similarity(model, heldout, teacher, STUDENT_LAYER) for model in (base, aligned)
     )
     grid = (8, 8)
     drawn = {
@@ -239,7 +239,8 @@ def plot_summary(result: dict[str, Any]) -> Any:
         left.bar(places, values, 0.25, label=label, color=diagnostics.COLORS[(0, 1, 4)[i]])
     left.set_xticks(range(len(ATTRIBUTES)), list(ATTRIBUTES))
     left.set_ylabel("accuracy on held-out combinations")
-    left.set_ylim(0, 1.05)
+    left.set_ylim(0, 1.25)  # room for the legend
+    left.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     left.set_title("The base model reads the image")
     arms = [a for a in result["arms"] if a != "base"]
     for i, (key, label) in enumerate(
@@ -261,7 +262,8 @@ def plot_summary(result: dict[str, Any]) -> Any:
     right.set_xticks(range(len(arms)), arms)
     right.set_ylabel("held-out cross-entropy (nats / token)")
     right.set_title(f"Post-training, {result['seeds']} seeds (dashed: base)")
-    for axes in (left, right):
+    for axes, columns in ((left, 3), (right, 2)):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, ncols=columns, loc="upper center")
+    right.set_ylim(0, 1.2 * right.get_ylim()[1])
     return figure

@@ -8,23 +8,28 @@ training ever showed. Nothing is downloaded.
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import transformers
+from torch import nn
 
 from fastalign import diagnostics
-from fastalign.adapters import AdapterConfig
+from fastalign.adapters import AdapterConfig, load_adapter
 from fastalign.config import TrainConfig
-from fastalign.demo.base import build_processor, load_base
+from fastalign.demo import report
+from fastalign.demo.base import BASE, build_processor, load_base
 from fastalign.demo.dataset import SceneDataset, collate
 from fastalign.demo.evaluate import evaluate
-from fastalign.demo.scenes import ATTRIBUTES, Scenes, scenes, swap_captions
-from fastalign.demo.teacher import EfficientNetTeacher
+from fastalign.demo.scenes import ATTRIBUTES, scenes, swap_captions
+from fastalign.demo.teacher import EfficientNetTeacher, teacher_features
 from fastalign.models import VLM, evaluating
 from fastalign.objectives import DeepAlignConfig
 from fastalign.progress import peak_memory_mib
@@ -33,7 +38,7 @@ from fastalign.train import train
 ARMS = ("sft", "cal", "deepalign")
 CAPTIONS = ("clean", "swapped")
 STUDENT_LAYER = 2
-MAX_SEEDS = 10
+MAX_SEEDS, MAX_WORKERS = 10, 8
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,9 @@ class DemoConfig:
 
     output_dir: str = "runs/demo"
     seeds: int = 3
-    steps: int = 60
+    steps: int = 50
     batch_size: int = 16
-    train_scenes: int = 960
+    train_scenes: int = 640
     heldout_scenes: int = 256
     noise: float = 0.3
     from_scratch: bool = False
@@ -83,8 +88,6 @@ def run(config: DemoConfig | None = None) -> dict[str, Any]:
         arm the means over seeds of cross-entropy, accuracy and MIR with their 95 % intervals,
         on clean and on swapped captions; CAL less SFT; patch correlation; seconds and memory.
     """
-    from fastalign.demo import report
-
     config = config or DemoConfig()
     if config.real:
         from fastalign.demo.real import run_real
@@ -92,39 +95,88 @@ def run(config: DemoConfig | None = None) -> dict[str, Any]:
         real: dict[str, Any] = run_real(config)
         return real
     started, folder = time.perf_counter(), Path(config.output_dir)
-    base = _base(config, folder)
-    processor = build_processor()
-    heldout = SceneDataset(scenes(config.heldout_scenes, seed=1, split="heldout"), processor)
-    teacher = EfficientNetTeacher()
+    base_path = _base(config, folder)
+    base, teacher = load_base(base_path), EfficientNetTeacher()
+    heldout = _heldout(config)
     judged = _judge(base, heldout, teacher)
     judged["shuffled"] = evaluate(base, heldout, shuffle=True)
-    outcomes: dict[str, dict[str, list[dict[str, Any]]]] = {
-        kind: {arm: [] for arm in ARMS} for kind in CAPTIONS
-    }
-    examples: dict[str, nn.Module] = {}
-    with report.progress(config.seeds * len(CAPTIONS) * len(ARMS)) as advance:
-        for seed in range(config.seeds):
-            data = scenes(config.train_scenes, seed=100 + seed)
-            features = _features(teacher, data)
-            for kind in CAPTIONS:
-                noisy = data if kind == "clean" else swap_captions(data, config.noise, seed=seed)
-                for arm in ARMS:
-                    advance(f"seed {seed + 1}/{config.seeds}: {arm} on {kind} captions")
-                    dataset = SceneDataset(noisy, processor, teacher=features)
-                    settings = arm_config(arm, seed, config)
-                    with tempfile.TemporaryDirectory() as scratch:
-                        model, curve = _post_train(base, dataset, settings, scratch)
-                    outcome = _judge(model, heldout, teacher) | {"curve": curve}
-                    outcomes[kind][arm].append(outcome)
-                    if seed == 0 and kind == "clean":
-                        examples[arm] = model
+    seen = SceneDataset(scenes(config.heldout_scenes, seed=1), build_processor())
+    judged["seen"] = evaluate(base, seen)
+    with tempfile.TemporaryDirectory() as scratch:
+        outcomes = _run_arms(config, base_path, Path(scratch))
+        aligned = copy.deepcopy(base)
+        load_adapter(aligned, Path(scratch) / "deepalign-0-clean" / "adapter")
     result = report.summarise(config, judged, outcomes)
     result["seconds"] = time.perf_counter() - started
-    result["peak_mib"] = peak_memory_mib(torch.device("cpu"))
-    figures = report.figures(folder, result, base, examples, heldout, teacher)
+    result["peak_mib"] = max(
+        peak_memory_mib(torch.device("cpu")), *(o["peak_mib"] for o in _all(outcomes))
+    )
+    figures = report.figures(folder, result, base, aligned, heldout, teacher)
     result["figures"] = [str(path) for path in figures]
     report.show(result)
     return result
+
+
+def _run_arms(config: DemoConfig, base: Path, scratch: Path) -> report.Outcomes:
+    """Every arm of every seed, as many at once as there are cores, one thread each."""
+    tasks = [(arm, seed) for arm in reversed(ARMS) for seed in range(config.seeds)]
+    workers = min(len(tasks), os.cpu_count() or 1, MAX_WORKERS)
+    outcomes: report.Outcomes = {kind: {arm: [] for arm in ARMS} for kind in CAPTIONS}
+    found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    # Spawned, as a fork of a process that has used torch's threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool,
+        report.progress(len(tasks)) as advance,
+    ):
+        futures = {
+            pool.submit(run_arm, arm, seed, config, base, scratch): (arm, seed)
+            for arm, seed in tasks
+        }
+        for future in as_completed(futures):
+            arm, seed = futures[future]
+            found[arm, seed] = future.result()
+            advance(f"{arm}, seed {seed + 1} of {config.seeds}")
+    for arm, seed in sorted(found, key=lambda key: key[1]):
+        for kind in CAPTIONS:
+            outcomes[kind][arm].append(found[arm, seed][kind])
+    return outcomes
+
+
+def run_arm(
+    arm: str, seed: int, config: DemoConfig, base: Path, scratch: Path
+) -> dict[str, dict[str, Any]]:
+    """Post-train the base with one objective, on clean and on swapped captions; judge both."""
+    quiet: Any = transformers.utils.logging
+    quiet.disable_progress_bar()
+    processor, teacher, heldout = build_processor(), EfficientNetTeacher(), _heldout(config)
+    data = scenes(config.train_scenes, seed=100 + seed)
+    features = None
+    if arm == "deepalign":
+        features = teacher_features(teacher, data.images)
+    outcomes = {}
+    for kind in CAPTIONS:
+        noisy = data if kind == "clean" else swap_captions(data, config.noise, seed=seed)
+        model = load_base(base)
+        settings = replace(
+            arm_config(arm, seed, config), output_dir=f"{scratch}/{arm}-{seed}-{kind}"
+        )
+        dataset = SceneDataset(noisy, processor, teacher=features)
+        done = train(settings, model=model, dataset=dataset, collate=collate)
+        outcomes[kind] = _judge(model, heldout, teacher) | {
+            "curve": diagnostics.learning_curve(settings.output_dir),
+            "classifier_accuracy": done.classifier.accuracy if done.classifier else None,
+            "peak_mib": peak_memory_mib(torch.device("cpu")),
+        }
+    return outcomes
+
+
+def _all(outcomes: report.Outcomes) -> list[dict[str, Any]]:
+    return [o for arms in outcomes.values() for found in arms.values() for o in found]
+
+
+def _heldout(config: DemoConfig) -> SceneDataset:
+    return SceneDataset(scenes(config.heldout_scenes, seed=1, split="heldout"), build_processor())
 
 
 def arm_config(arm: str, seed: int, config: DemoConfig) -> TrainConfig:
@@ -147,29 +199,14 @@ def arm_config(arm: str, seed: int, config: DemoConfig) -> TrainConfig:
     )
 
 
-def _base(config: DemoConfig, folder: Path) -> nn.Module:
+def _base(config: DemoConfig, folder: Path) -> Path:
+    """Folder of the base model, trained first if asked."""
     if not config.from_scratch:
-        return load_base()
+        return BASE
     from fastalign.demo.pretrain import pretrain
 
     pretrain(folder / "base")
-    return load_base(folder / "base")
-
-
-def _features(teacher: EfficientNetTeacher, data: Scenes) -> Tensor:
-    """Teacher patches of all scenes, (n, 64, C)."""
-    images = torch.from_numpy(data.images)
-    return torch.cat([teacher(images[i : i + 64]) for i in range(0, len(images), 64)])
-
-
-def _post_train(
-    base: nn.Module, dataset: SceneDataset, settings: TrainConfig, scratch: str
-) -> tuple[nn.Module, dict[str, list[float]]]:
-    """A trained copy of the base, and its learning curve."""
-    settings = replace(settings, output_dir=scratch)
-    model = copy.deepcopy(base)
-    train(settings, model=model, dataset=dataset, collate=collate)
-    return model, diagnostics.learning_curve(scratch)
+    return folder / "base"
 
 
 def _judge(model: nn.Module, heldout: SceneDataset, teacher: EfficientNetTeacher) -> dict[str, Any]:
