@@ -4,26 +4,20 @@ A command imports what it needs when it runs. Errors that a user can mend (a wro
 file) are one line; all others keep their trace.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import importlib.metadata
-import importlib.util
 import json
 import math
-import platform
-import re
 import runpy
 import sys
 import time
-import types
-import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import fastalign
+from fastalign.doctor import examine
+from fastalign.settings import Doctor, Heatmap, Mir, config_option, dump_config, load_config
 
 T = TypeVar("T")
 
@@ -157,7 +151,7 @@ def train(argv: list[str]) -> None:
         json: Path | None = None
         figure: Path | None = None
 
-    given = _config_option(argv)
+    given = config_option(argv)
     settings = TrainConfig() if given is None else load_config(given, TrainConfig)
     options = _parse(Train, argv, "train", default=Train(settings=settings, config=given))
     if options.print_config:
@@ -181,170 +175,7 @@ def train(argv: list[str]) -> None:
         diagnostics.save_figure(figure, options.figure)
 
 
-def _config_option(argv: list[str]) -> Path | None:
-    """The value of `--config`, read first: its file holds the defaults of all other options."""
-    for option, following in zip(argv, [*argv[1:], None], strict=True):
-        if option == "--config" and following is not None:
-            return Path(following)
-        if option.startswith("--config="):
-            return Path(option.removeprefix("--config="))
-    return None
-
-
-def load_config(path: Path, kind: type[T]) -> T:
-    """The dataclass `kind` with the values of a YAML file, which may leave out any of them.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no mapping, a key is unknown or a value has the wrong type; the
-            message names the file and the key, and the nearest known keys.
-    """
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"config must be a YAML file: {path} is not a file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _build(kind, {} if values is None else values, "")
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def dump_config(settings: Any) -> str:
-    """The YAML that `load_config` reads back to the same settings."""
-    import yaml
-
-    # By way of JSON, where tuples are lists: YAML would tag them as Python's own.
-    values = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    text: str = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
-    return text
-
-
-def _build(kind: type[T], values: Any, prefix: str) -> T:
-    """The dataclass `kind` from a mapping; `prefix` is the dotted name of what it is a value of."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{prefix or 'the file'} must be a mapping of settings: got {values!r}")
-    hints = typing.get_type_hints(kind)
-    known = [f.name for f in dataclasses.fields(cast(Any, kind))]
-    dots = f"{prefix}." if prefix else ""
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, cutoff=0.5)
-            names = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{dots}{key} is no setting; {names}")
-    return kind(**{key: _convert(value, hints[key], dots + key) for key, value in values.items()})
-
-
-class _WrongType(ValueError):
-    """A value does not have its setting's type."""
-
-
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    """`value`, as YAML has it, in the type `hint`."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(cast(type, hint), value, name)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in inner:
-            return None
-        for option in (i for i in inner if i is not type(None)):
-            with contextlib.suppress(_WrongType):
-                return _convert(value, option, name)
-    elif origin is Literal and value in inner:
-        return value
-    elif origin is tuple and isinstance(value, list):
-        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
-        if len(kinds) == len(value):
-            pairs = zip(value, kinds, strict=True)
-            return tuple(_convert(v, kind, f"{name}[{i}]") for i, (v, kind) in enumerate(pairs))
-    elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):  # YAML reads 3e-5, having no point, as a string
-            return float(value)
-    elif hint is Path and isinstance(value, str):
-        return Path(value)
-    elif hint is Any or (hint in (bool, int, str) and type(value) is hint):
-        return value
-    shown = hint.__name__ if isinstance(hint, type) and not inner else str(hint)
-    raise _WrongType(f"{name} must be {shown.replace('typing.', '')}: got {value!r}")
-
-
 # -- mir, heatmap --------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class Source:
-    """A model on disk.
-
-    Attributes:
-        model: Folder of a model and its processor.
-        adapter: Folder of an adapter to put on it.
-        device: "auto" is CUDA where there is a GPU, else the CPU.
-        dtype: Of the weights; "auto" is the checkpoint's own.
-        json: Write the result here.
-        figure: Draw the result here.
-    """
-
-    model: Path
-    adapter: Path | None = None
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    json: Path | None = None
-    figure: Path | None = None
-
-    def load(self) -> tuple[Any, Any]:
-        """The VLM and its processor: local safetensors, and no code of the checkpoint's own."""
-        import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        from fastalign.adapters import load_adapter
-        from fastalign.models import VLM
-
-        if not (self.model / "config.json").is_file():
-            raise FileNotFoundError(f"model must be a folder with a config.json: got {self.model}")
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        local: dict[str, Any] = {"local_files_only": True}
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            self.model, dtype=self.dtype, use_safetensors=True, **local
-        )
-        load_processor: Any = AutoProcessor.from_pretrained
-        processor = load_processor(self.model, **local)
-        model = model.to(device).eval()
-        if self.adapter is not None:
-            load_adapter(model, self.adapter)
-        return VLM(model), processor
-
-
-@dataclass(kw_only=True)
-class Mir(Source):
-    """Modality integration rate of a model over random pairs of images and texts.
-
-    The image is the prompt and the text the answer, in the model's own chat template.
-
-    Attributes:
-        images: Folder of images.
-        texts: Folder of .txt files, or of .jsonl files with "text" in each line; or one such file.
-        samples: Pairs, as far as images and texts reach.
-        batch_size: Pairs in a batch.
-        max_length: Tokens after which a text is cut; what the model can take by default.
-        seed: Of the choice of pairs.
-        method: Of the square root; see `ModalityIntegrationRate`.
-        outliers: What becomes of tokens of unusual norm.
-        text: "after" counts only text behind the image, as the released code does.
-    """
-
-    images: Path
-    texts: Path
-    samples: int = 100
-    batch_size: int = 8
-    max_length: int | None = None
-    seed: int = 0
-    method: Literal["newton_schulz", "eigh", "official_fast"] = "newton_schulz"
-    outliers: Literal["remove", "median", "keep"] = "remove"
-    text: Literal["all", "after"] = "all"
 
 
 def mir(argv: list[str]) -> None:
@@ -455,25 +286,6 @@ def _table(
     Console().print(table)
 
 
-@dataclass(kw_only=True)
-class Heatmap(Source):
-    """How much an image raises the logit of each token of a text, and the weight CAL gives it.
-
-    Attributes:
-        image: Image file.
-        text: Its caption.
-        prompt: The question before the caption, if any.
-        mode: How the image is taken away; see `VLM.contrast`.
-        html: Write the heat map here as a page of its own.
-    """
-
-    image: Path
-    text: str
-    prompt: str = ""
-    mode: str = "drop"
-    html: Path | None = None
-
-
 def heatmap(argv: list[str]) -> None:
     """Show which words of a caption come from the image."""
     options = _parse(Heatmap, argv, "heatmap")
@@ -507,17 +319,6 @@ def heatmap(argv: list[str]) -> None:
 # -- doctor --------------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
-class Doctor:
-    """What is installed, and which path each op takes here and why.
-
-    Attributes:
-        json: Write the report here.
-    """
-
-    json: Path | None = None
-
-
 def doctor(argv: list[str]) -> None:
     """Say what is installed, and which path each op takes here and why."""
     options = _parse(Doctor, argv, "doctor")
@@ -536,113 +337,6 @@ def doctor(argv: list[str]) -> None:
     ]
     _table("Extras", ("extra", "complete", "missing"), extras)
     _write_json(options.json, report)
-
-
-def examine() -> dict[str, Any]:
-    """What `fastalign doctor` reports, as data: versions, devices, ops, attention, extras."""
-    packages = ("torch", "triton", "transformers", "accelerate", "torchmetrics")
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    versions |= {"fastalign": fastalign.__version__} | {name: _version(name) for name in packages}
-    return {
-        "versions": versions,
-        "devices": _devices(),
-        "ops": _ops(),
-        "attention": _attention(),
-        "extras": _extras(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that would hold it
-        return False
-
-
-def _devices() -> list[dict[str, str]]:
-    import torch
-
-    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    devices = [{"name": "cpu", "kind": platform.system(), "detail": cpu}]
-    for i in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(i)
-        detail = f"sm_{about.major}{about.minor}, {about.total_memory / 2**30:.0f} GiB"
-        devices.append({"name": f"cuda:{i}", "kind": about.name, "detail": detail})
-    return devices
-
-
-def _ops() -> list[dict[str, str]]:
-    """Each public function with the path it takes on the best device here."""
-    import torch
-
-    from fastalign import linalg, losses, ops
-
-    cuda = torch.cuda.is_available()
-    lacking = [name for name in ("triton", "fastalign_kernels") if not _found(name)]
-    rows = []
-    for group in (ops, losses, linalg):
-        for name in group.__all__:
-            if not callable(getattr(group, name)) or isinstance(getattr(group, name), type):
-                continue
-            # One stem: an op with a kernel is a module of fastalign.ops and of fastalign_kernels.
-            if not _found(f"fastalign.ops.{name}"):
-                path, why = "torch", "no kernel of its own"
-            elif not cuda:
-                path, why = "torch", "no CUDA device for its kernel"
-            elif lacking:
-                path, why = "error", f"not installed, but needed on CUDA: {', '.join(lacking)}"
-            else:
-                path, why = "triton", "CUDA tensors; torch for those on the CPU"
-            module = group.__name__.removeprefix("fastalign.")
-            rows.append({"op": f"{module}.{name}", "path": path, "why": why})
-    return rows
-
-
-def _attention() -> list[dict[str, Any]]:
-    """The back ends that attend within packed sequences."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    rows = []
-    for name, module in (
-        ("torch varlen", "torch.nn.attention.varlen"),
-        ("flash-attn", "flash_attn"),
-        ("xformers", "xformers"),
-    ):
-        found = _found(module)
-        why = "" if found and cuda else "no CUDA device" if found else "not installed"
-        rows.append({"name": name, "installed": found, "usable": found and cuda, "why": why})
-    return rows
-
-
-def _extras() -> dict[str, list[str]]:
-    """Each extra of the package and its missing requirements; extras of extras are followed."""
-    needs: dict[str, list[str]] = {}
-    lines = importlib.metadata.requires("fastalign") if _version("fastalign") else None
-    for line in lines or []:
-        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", line)
-        parts = re.match(r"([\w.-]+)(?:\[([^]]*)])?", line)
-        if extra and parts:
-            needs.setdefault(extra[1], []).append(parts[0])
-
-    def missing(extra: str) -> list[str]:
-        lacking: list[str] = []
-        for need in needs.get(extra, []):
-            name, _, inner = need.rstrip("]").partition("[")
-            if name == "fastalign":
-                lacking += [m for e in inner.split(",") for m in missing(e.strip())]
-            elif _version(name) is None:
-                lacking.append(name)
-        return list(dict.fromkeys(lacking))
-
-    return {extra: missing(extra) for extra in needs}
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -17,7 +17,7 @@ pytest.importorskip("tyro")
 import yaml
 from PIL import Image
 
-from fastalign import cli
+from fastalign import cli, doctor
 from fastalign.train import TrainConfig
 
 
@@ -322,11 +322,11 @@ def test_doctor(tmp_path, capsys):
 @pytest.mark.parametrize("missing", [(), ("triton",), ("triton", "fastalign_kernels")])
 def test_doctor_on_cuda(monkeypatch, missing):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = cli._found
-    monkeypatch.setattr(cli, "_found", lambda m: m not in missing and (
+    found = doctor._found
+    monkeypatch.setattr(doctor, "_found", lambda m: m not in missing and (
         m in ("triton", "fastalign_kernels") or found(m)
     ))  # fmt: skip
-    rows = {row["op"]: row for row in cli._ops()}
+    rows = {row["op"]: row for row in doctor._ops()}
     expected = "error" if missing else "triton"
     assert rows["ops.calibrate"]["path"] == expected
     assert ", ".join(missing) in rows["ops.calibrate"]["why"]
@@ -341,8 +341,8 @@ def test_doctor_follows_extras_of_extras(monkeypatch):
         "absent; extra == 'all'",
     ]
     monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
-    monkeypatch.setattr(cli, "_version", lambda p: "1" if p in ("here", "fastalign") else None)
-    assert cli._extras() == {"one": ["gone"], "all": ["gone", "absent"]}
+    monkeypatch.setattr(doctor, "_version", lambda p: "1" if p in ("here", "fastalign") else None)
+    assert doctor._extras() == {"one": ["gone"], "all": ["gone", "absent"]}
 
 
 def test_bench_runs_the_checkout(monkeypatch, tmp_path, capsys):

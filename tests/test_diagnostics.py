@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from fastalign import VLM, diagnostics, metrics
-from fastalign.diagnostics import TokenContrast
+from fastalign.diagnostics import TokenContrast, _contrast
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_tokens_that_split_a_character():
         def decode(self, ids, **options):
             return bytes([ids] if isinstance(ids, int) else ids).decode(errors="replace")
 
-    assert diagnostics._pieces(Bytes(), list("aé!".encode())) == ["a", "\ufffd", "é", "!"]
+    assert _contrast._pieces(Bytes(), list("aé!".encode())) == ["a", "\ufffd", "é", "!"]
 
 
 class Spans(HTMLParser):

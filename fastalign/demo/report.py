@@ -228,7 +228,7 @@ def _similarity(
 
 def plot_summary(result: dict[str, Any]) -> Any:
     """Accuracy with right and wrong images, and cross-entropy of the arms after noise."""
-    figure = diagnostics._figure(10.0, 3.8)
+    figure = diagnostics.new_figure(10.0, 3.8)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     accuracy = result["accuracy"]
     for i, (key, label) in enumerate(

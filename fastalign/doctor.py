@@ -1,0 +1,116 @@
+"""What is installed, and which path each op takes here and why, as data."""
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+from typing import Any
+
+import fastalign
+
+
+def examine() -> dict[str, Any]:
+    """What `fastalign doctor` reports, as data: versions, devices, ops, attention, extras."""
+    packages = ("torch", "triton", "transformers", "accelerate", "torchmetrics")
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions |= {"fastalign": fastalign.__version__} | {name: _version(name) for name in packages}
+    return {
+        "versions": versions,
+        "devices": _devices(),
+        "ops": _ops(),
+        "attention": _attention(),
+        "extras": _extras(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that would hold it
+        return False
+
+
+def _devices() -> list[dict[str, str]]:
+    import torch
+
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    devices = [{"name": "cpu", "kind": platform.system(), "detail": cpu}]
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        detail = f"sm_{about.major}{about.minor}, {about.total_memory / 2**30:.0f} GiB"
+        devices.append({"name": f"cuda:{i}", "kind": about.name, "detail": detail})
+    return devices
+
+
+def _ops() -> list[dict[str, str]]:
+    """Each public function with the path it takes on the best device here."""
+    import torch
+
+    from fastalign import linalg, losses, ops
+
+    cuda = torch.cuda.is_available()
+    lacking = [name for name in ("triton", "fastalign_kernels") if not _found(name)]
+    rows = []
+    for group in (ops, losses, linalg):
+        for name in group.__all__:
+            if not callable(getattr(group, name)) or isinstance(getattr(group, name), type):
+                continue
+            # One stem: an op with a kernel is a module of fastalign.ops and of fastalign_kernels.
+            if not _found(f"fastalign.ops.{name}"):
+                path, why = "torch", "no kernel of its own"
+            elif not cuda:
+                path, why = "torch", "no CUDA device for its kernel"
+            elif lacking:
+                path, why = "error", f"not installed, but needed on CUDA: {', '.join(lacking)}"
+            else:
+                path, why = "triton", "CUDA tensors; torch for those on the CPU"
+            module = group.__name__.removeprefix("fastalign.")
+            rows.append({"op": f"{module}.{name}", "path": path, "why": why})
+    return rows
+
+
+def _attention() -> list[dict[str, Any]]:
+    """The back ends that attend within packed sequences."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    rows = []
+    for name, module in (
+        ("torch varlen", "torch.nn.attention.varlen"),
+        ("flash-attn", "flash_attn"),
+        ("xformers", "xformers"),
+    ):
+        found = _found(module)
+        why = "" if found and cuda else "no CUDA device" if found else "not installed"
+        rows.append({"name": name, "installed": found, "usable": found and cuda, "why": why})
+    return rows
+
+
+def _extras() -> dict[str, list[str]]:
+    """Each extra of the package and its missing requirements; extras of extras are followed."""
+    needs: dict[str, list[str]] = {}
+    lines = importlib.metadata.requires("fastalign") if _version("fastalign") else None
+    for line in lines or []:
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", line)
+        parts = re.match(r"([\w.-]+)(?:\[([^]]*)])?", line)
+        if extra and parts:
+            needs.setdefault(extra[1], []).append(parts[0])
+
+    def missing(extra: str) -> list[str]:
+        lacking: list[str] = []
+        for need in needs.get(extra, []):
+            name, _, inner = need.rstrip("]").partition("[")
+            if name == "fastalign":
+                lacking += [m for e in inner.split(",") for m in missing(e.strip())]
+            elif _version(name) is None:
+                lacking.append(name)
+        return list(dict.fromkeys(lacking))
+
+    return {extra: missing(extra) for extra in needs}
