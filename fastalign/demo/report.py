@@ -126,7 +126,9 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
 
     seeds, noisy = result["seeds"], f"{result['noise']:.0%}"
-    table = Table(title=f"After post-training, mean of {seeds} seeds ± 95 % interval; {noisy} swapped")
+    table = Table(
+        title=f"After post-training, mean of {seeds} seeds ± 95 % interval; {noisy} swapped"
+    )
     for column in ("arm", "captions", "CE (nats)", "accuracy", "MIR", "patch corr."):
         table.add_column(column, justify="left" if column in ("arm", "captions") else "right")
     for key, captions in (("arms", "clean"), ("swapped_arms", "swapped")):

@@ -12,7 +12,9 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ class DemoConfig:
 
     output_dir: str = "runs/demo"
     seeds: int = 3
-    steps: int = 50
+    steps: int = 40
     batch_size: int = 16
     train_scenes: int = 640
     heldout_scenes: int = 256
@@ -80,6 +82,20 @@ class DemoConfig:
                 raise ValueError(f"{name} must be at least 16: got {getattr(self, name)}")
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bars of transformers' own, one for every load and save, between the demo's lines."""
+    bars: Any = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+@_without_bars()
 def run(config: DemoConfig | None = None) -> dict[str, Any]:
     """Run the demo, print its table and write its figures.
 
@@ -143,12 +159,11 @@ def _run_arms(config: DemoConfig, base: Path, scratch: Path) -> report.Outcomes:
     return outcomes
 
 
+@_without_bars()
 def run_arm(
     arm: str, seed: int, config: DemoConfig, base: Path, scratch: Path
 ) -> dict[str, dict[str, Any]]:
     """Post-train the base with one objective, on clean and on swapped captions; judge both."""
-    quiet: Any = transformers.utils.logging
-    quiet.disable_progress_bar()
     processor, teacher, heldout = build_processor(), EfficientNetTeacher(), _heldout(config)
     data = scenes(config.train_scenes, seed=100 + seed)
     features = None
