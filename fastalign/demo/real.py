@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastalign import diagnostics, losses, ops
+from fastalign.demo import report
 from fastalign.demo.evaluate import CHANCE
 from fastalign.demo.scenes import ATTRIBUTES, Scenes, scenes
 from fastalign.demo.teacher import GRID, EfficientNetTeacher, teacher_features
@@ -499,8 +499,10 @@ def run_real(config: DemoConfig) -> dict[str, Any]:
     judged = Captions(heldout, pooled_features(teacher, heldout), tokenizer)
     clock = time.process_time()
     warm_up(captioner, taught, steps=WARM_STEPS)
-    with _progress(STEPS) as advance:
-        curve = train_projector(captioner, taught, steps=STEPS, advance=advance)
+    with report.progress(STEPS) as done:
+        curve = train_projector(
+            captioner, taught, steps=STEPS, advance=lambda ce: done(f"cross-entropy {ce:.3f}")
+        )
     spent = time.process_time() - clock
     (accuracy, ce), (shuffled, shuffled_ce) = (
         judge(captioner, judged, shuffle=shuffle) for shuffle in (False, True)
@@ -528,23 +530,6 @@ def run_real(config: DemoConfig) -> dict[str, Any]:
     }
     _show(result, console)
     return result
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Advance]:
-    """A bar with the time left; call it after each step with its cross-entropy."""
-    from rich import progress as bars
-
-    columns = (
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.description}"),
-    )
-    with bars.Progress(*columns) as bar:
-        task = bar.add_task("training the projector", total=steps)
-        yield lambda ce: bar.update(task, advance=1, description=f"cross-entropy {ce:.3f}")
 
 
 def _figures(

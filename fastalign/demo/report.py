@@ -26,8 +26,8 @@ Outcomes = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 @contextmanager
-def progress(runs: int) -> Iterator[Callable[[str], None]]:
-    """A bar over `runs` runs; call it with the name of each as it ends."""
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over `total` runs or steps; call it with a few words as each ends."""
     from rich import progress as bars
 
     columns = (
@@ -38,15 +38,8 @@ def progress(runs: int) -> Iterator[Callable[[str], None]]:
         bars.TextColumn("{task.description}"),
     )
     with bars.Progress(*columns) as bar:
-        task = bar.add_task("", total=runs)
-        done = 0
-
-        def advance(name: str) -> None:
-            nonlocal done
-            done += 1
-            bar.update(task, completed=done, description=name)
-
-        yield advance
+        task = bar.add_task("", total=total)
+        yield lambda text: bar.update(task, advance=1, description=text)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
