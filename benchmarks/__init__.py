@@ -3,11 +3,14 @@
 `benchmarks/<op>.py` holds a `Benchmark` called BENCHMARK; `python -m benchmarks` runs them all.
 """
 
+import importlib.util
 import json
 import platform
+import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.testing import Case, cases, cotangent_like, relative_error, value_and_grads
+from fastalign.testing import Case, cases, cotangent_like, relative_error
 
 Inputs = Sequence[Any]
 Run = Callable[[], Any]
+Function = Callable[..., Tensor]
 
+RESULTS = Path(__file__).parent / "results"
 FIELDS = (
     "op",
     "case",
@@ -32,25 +37,67 @@ FIELDS = (
     "bound_us",
     "max_error",
 )
+TF32 = "peer:eager-tf32"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another package's function.
+
+    Args:
+        package: What must be importable.
+        load: Imports it and gives the function, with the arguments of the op.
+    """
+
+    package: str
+    load: Callable[[], Function]
+
+    @property
+    def installed(self) -> bool:
+        return importlib.util.find_spec(self.package) is not None
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One op: what is timed is the value and the gradient of every floating-point input.
+    """One op: what is timed is the value with its gradients.
 
     Args:
         op: Name of the op, also that of its cases.
         fastalign: The public function.
-        eager: The same in plain torch; also compiled, and in float64 the exact result.
+        eager: What one writes in plain torch, in float32; also compiled, and in float64 the exact
+            result, so it must keep that dtype.
         bound: From inputs to a call that moves or multiplies as much as the op at least must.
+        bfloat16: The same as `eager` in bfloat16 throughout, for ops built on matrix products:
+            these are also timed so (on CUDA compiled too), and on CUDA in TF32.
         peers: Other packages' functions, by name.
+        differentiate: Positions of the inputs that have a gradient; None: all floating-point ones.
     """
 
     op: str
-    fastalign: Callable[..., Tensor]
-    eager: Callable[..., Tensor]
+    fastalign: Function
+    eager: Function
     bound: Callable[[Inputs], Run]
-    peers: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    bfloat16: Function | None = None
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    differentiate: tuple[int, ...] | None = None
+
+    def absent(self) -> dict[str, str]:
+        """Package of each peer that is not installed, by the peer's name."""
+        return {name: p.package for name, p in self.peers.items() if not p.installed}
+
+    def functions(self, device: str, quick: bool) -> dict[str, Function]:
+        """What is timed, by the name of its row; nothing is compiled for a quick run."""
+        found = {"fastalign": self.fastalign, "eager": self.eager}
+        cuda = device == "cuda"
+        if self.bfloat16 is not None:
+            found |= {TF32: self.eager} if cuda else {}
+            found["peer:eager-bf16"] = self.bfloat16
+        if not quick:
+            found["compile"] = torch.compile(self.eager, dynamic=False)
+            if self.bfloat16 is not None and cuda:
+                found["peer:compile-bf16"] = torch.compile(self.bfloat16, dynamic=False)
+        usable = {name: p.load() for name, p in self.peers.items() if p.installed}
+        return found | {f"peer:{name}": fn for name, fn in usable.items()}
 
 
 def copy_of(nbytes: int, device: torch.device) -> Run:
@@ -60,67 +107,131 @@ def copy_of(nbytes: int, device: torch.device) -> Run:
     return lambda: target.copy_(source)
 
 
-def measure(benchmark: Benchmark, device: str, quick: bool) -> list[dict[str, Any]]:
-    """Rows of every case of one op on one device, see FIELDS; large cases on CUDA only."""
+def measure(
+    benchmark: Benchmark,
+    device: str,
+    quick: bool,
+    case_filter: Callable[[Case], bool] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of the cases of one op on one device, see FIELDS; large cases on CUDA only.
+
+    Args:
+        benchmark: The op.
+        device: "cpu" or "cuda".
+        quick: Small cases, few rounds, nothing compiled.
+        case_filter: Which of the cases; None for all.
+    """
     found = cases(benchmark.op, bench=True, quick=quick)
     timed = [case for case in found if device == "cuda" or not case.large]
-    return [row for case in timed for row in _measure_case(benchmark, case, device, quick)]
+    chosen = [case for case in timed if case_filter is None or case_filter(case)]
+    return [row for case in chosen for row in _measure_case(benchmark, case, device, quick)]
+
+
+def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], dict[str, float]]:
+    """How many times fastalign's median each other median is, by (op, case, device) and impl.
+
+    These may be quoted: both medians are of runs taken in turn on one machine.
+    """
+    medians: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        key = (row["op"], row["case"], row["device"])
+        medians.setdefault(key, {})[row["impl"]] = row["median_us"]
+    return {
+        key: {name: us / found["fastalign"] for name, us in found.items() if name != "fastalign"}
+        for key, found in medians.items()
+        if "fastalign" in found
+    }
+
+
+def results_file(device: str) -> Path:
+    """Where `--save` keeps the rows of this device: its name in lower case and hyphens."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return RESULTS / f"{slug}.json"
 
 
 def _measure_case(
     benchmark: Benchmark, case: Case, device: str, quick: bool
 ) -> list[dict[str, Any]]:
-    inputs = case.inputs(device)
-    functions = {"fastalign": benchmark.fastalign, "eager": benchmark.eager}
-    if not quick:  # compiling takes longer than all the rest
-        torch._dynamo.reset()
-        functions["compile"] = torch.compile(benchmark.eager, dynamic=False)
-    functions |= {f"peer:{name}": fn for name, fn in benchmark.peers.items()}
-
-    exact = value_and_grads(benchmark.eager, inputs, torch.float64)
-    errors: dict[str, float | None] = {}
-    for name, fn in functions.items():  # also compiles
-        results = zip(value_and_grads(fn, inputs), exact, strict=True)
-        errors[name] = max(relative_error(got, true) for got, true in results)
-    del exact
-    runs = {name: _step(fn, inputs) for name, fn in functions.items()}
+    torch._dynamo.reset()
+    inputs, chosen = case.inputs(device), benchmark.differentiate
+    functions = benchmark.functions(device, quick)
+    errors = _errors(benchmark, functions, inputs)
+    runs: dict[str, Run] = {}
+    for name, fn in functions.items():
+        with _precision(name):
+            runs[name] = _step(fn, inputs, chosen)
     runs["bound"] = benchmark.bound(inputs)
-    errors["bound"] = None
-    peaks = {name: _peak_mib(run, device) for name, run in runs.items()}
+    peaks = {}
+    for name, run in runs.items():
+        with _precision(name):
+            peaks[name] = _peak_mib(run, device)
     times = _interleaved_us(runs, device, rounds=5 if quick else 30, seconds=1 if quick else 20)
     quantiles = {
         name: torch.tensor(us).quantile(torch.tensor([0.5, 0.1, 0.9])).tolist()
         for name, us in times.items()
     }
     bound_us = quantiles["bound"][0]
-    return [
-        dict(
-            zip(
-                FIELDS,
-                (
-                    benchmark.op,
-                    str(case),
-                    name,
-                    device_name(device),
-                    *quantiles[name],
-                    peaks[name],
-                    bound_us,
-                    errors[name],
-                ),
-                strict=True,
-            )
-        )
+    device, op = device_name(device), benchmark.op
+    values = (
+        (op, str(case), name, device, *quantiles[name], peaks[name], bound_us, errors.get(name))
         for name in runs
-    ]
+    )
+    return [dict(zip(FIELDS, row, strict=True)) for row in values]
 
 
-def _step(fn: Callable[..., Tensor], inputs: Inputs) -> Run:
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
+    """How the row of this name multiplies float32 matrices: in float32, unless it says TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == TF32 else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _errors(
+    benchmark: Benchmark, functions: Mapping[str, Function], inputs: Inputs
+) -> dict[str, float]:
+    """Largest relative error of the value and of each gradient, against eager in float64."""
+    exact = _value_and_grads(
+        benchmark.eager, _arguments(inputs, benchmark.differentiate, torch.float64)
+    )
+    errors = {}
+    for name, fn in functions.items():  # also compiles
+        with _precision(name):
+            results = _value_and_grads(fn, _arguments(inputs, benchmark.differentiate))
+        found = [relative_error(got, true) for got, true in zip(results, exact, strict=True)]
+        errors[name] = float(torch.tensor(found, dtype=torch.float64).max())  # NaN stays NaN
+    return errors
+
+
+def _arguments(
+    inputs: Inputs, differentiate: tuple[int, ...] | None, dtype: torch.dtype | None = None
+) -> list[Any]:
+    """The inputs, in `dtype` those that are floating point, as leaves those to differentiate."""
+    arguments = list(inputs)
+    for i, x in enumerate(inputs):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            leaf = differentiate is None or i in differentiate
+            arguments[i] = x.detach().to(dtype or x.dtype).requires_grad_(leaf)
+    return arguments
+
+
+def _leaves(arguments: Sequence[Any]) -> list[Tensor]:
+    return [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+
+
+def _value_and_grads(fn: Function, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    out = fn(*arguments)
+    grads = torch.autograd.grad(out, _leaves(arguments), cotangent_like(out))
+    return out.detach(), *grads
+
+
+def _step(fn: Function, inputs: Inputs, differentiate: tuple[int, ...] | None = None) -> Run:
     """A call of `fn` with its gradients, on leaves and a cotangent made beforehand."""
-    arguments = [
-        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x in inputs
-    ]
-    leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    arguments = _arguments(inputs, differentiate)
+    leaves = _leaves(arguments)
     cotangent = cotangent_like(fn(*arguments).detach())
     return lambda: torch.autograd.grad(fn(*arguments), leaves, cotangent)
 
@@ -134,14 +245,16 @@ def _interleaved_us(
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device == "cuda" else None
-    for run in runs.values():
-        run()
+    for name, run in runs.items():
+        with _precision(name):
+            run()
     start = time.perf_counter()
     for i in range(rounds):
         if i >= 3 and time.perf_counter() - start > seconds:
             break
-        for name, run in runs.items():
-            times[name].append(_time_us(run, flush))
+        for name in list(runs)[:: 1 if i % 2 else -1]:  # no run always follows the same one
+            with _precision(name):
+                times[name].append(_time_us(runs[name], flush))
     return times
 
 
@@ -161,7 +274,11 @@ def _time_us(run: Run, flush: Tensor | None) -> float:
 
 
 def _peak_mib(run: Run, device: str) -> float:
-    """Most memory that one run holds at a time beyond what it starts with."""
+    """Most memory that one run holds at a time beyond what it starts with.
+
+    On the CPU it is what torch's allocator hands out, so neither numpy's nor a library's own
+    buffers; what is written in place or into `out` counts nothing.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -27,6 +27,7 @@ from fastalign.ops._check import (
     check_shape,
 )
 from fastalign.ops._gather import gather_rows
+from fastalign.ops.structure_distill import structure_distill as structure_distill
 from fastalign.reference import CrossEntropy as CrossEntropy
 
 __all__ = [
@@ -40,72 +41,6 @@ __all__ = [
 ]
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def structure_distill(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    similarity: str = "cosine",
-    negatives: str = "keep",
-    level: str = "image",
-    reduction: str = "mean",
-) -> Tensor:
-    r"""Structure-induced distillation, $\frac{1}{n^2} \|\hat G \hat G^T - \hat H \hat H^T\|_F^2$.
-
-    The patch similarities of the student are drawn to those of the teacher (DeepAlign, CVPR 2026,
-    L_visual). It is also the Gram anchoring loss of DINOv3 and takes its options.
-
-    Args:
-        student: Patches $H$, (b, n, d), or packed (sum n, d) with `cu_seqlens`; any floating dtype.
-        teacher: Patches $G$ of the same images, (b, n, dt) or (sum n, dt), no gradient. Width and
-            dtype may differ from the student's. Grids that differ: see `resample_grid`.
-        cu_seqlens: Offsets of the images in the packed rows, (b + 1,) int32 or int64, 0 first. They
-            are read on the host, which waits for the device when they lie there.
-        similarity: "cosine", rows divided by their norm; or "dot".
-        negatives: "keep"; "clip", negative similarities of both count as 0 (DINOv3's `remove_neg`);
-            "clip_teacher", those of the teacher only. The last is what DINOv3's
-            `remove_only_teacher_neg` computes: it clamps the teacher before it looks for entries
-            negative in both, finds none, and so leaves every entry of the student as it is.
-        level: "image", similarities within each image; "batch", among all patches of the batch,
-            divided by the square of their number. "batch" also takes (N, d) without `cu_seqlens`.
-        reduction: "mean" over the images that have patches (0 when none has), "sum" or "none".
-
-    Returns:
-        Scalar; (b,) with reduction "none" ((1,) at level "batch"). An image without patches
-        contributes 0. Differentiable in `student`; a zero row has similarity 0 and gradient 0.
-
-    Raises:
-        TypeError: An input is not floating point, or `cu_seqlens` not integer.
-        ValueError: Shapes, devices, offsets or option names are wrong.
-    """
-    check_one_of("similarity", similarity, ("cosine", "dot"))
-    check_one_of("negatives", negatives, ("keep", "clip", "clip_teacher"))
-    check_one_of("level", level, ("image", "batch"))
-    check_one_of("reduction", reduction, REDUCTIONS)
-    check_floating(student=student, teacher=teacher)
-    check_same("device", student=student, teacher=teacher)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.cpu()
-        check_dim("student with cu_seqlens", student, 2)
-        check_cu_seqlens(cu_seqlens, student.shape[0], "student")
-    elif student.dim() != 3 and (level == "image" or student.dim() != 2):
-        raise ValueError(
-            "student must be (b, n, d), or packed (sum n, d) with cu_seqlens: "
-            f"got shape {tuple(student.shape)} and no cu_seqlens"
-        )
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            f"teacher must have the images and patches of student: got {tuple(teacher.shape)} and "
-            f"{tuple(student.shape)}; fastalign.losses.resample_grid brings the teacher's patches "
-            "to the student's grid"
-        )
-    _check_width(student=student, teacher=teacher)
-    with _no_autocast(student):
-        return reference.structure_distill(
-            student, teacher, cu_seqlens, similarity, negatives, level, reduction
-        )
 
 
 def resample_grid(features: Tensor, grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:

@@ -1,7 +1,5 @@
 """calibrate: the kernel against float64, the reference by hand, and text tokens bit for bit."""
 
-import warnings
-
 import pytest
 import torch
 from fastalign_kernels import calibrate as kernels
@@ -120,74 +118,6 @@ def test_runs_are_bit_equal_and_inputs_stay(device):
     for _ in range(2):
         assert all(map(torch.equal, first, value_and_grads(fused, inputs)))
     assert all(map(torch.equal, before, inputs))
-
-
-def test_registration(device):
-    x, mask, scale, shift = make(3, 4, device=device, dtype=torch.bfloat16)
-    torch.library.opcheck(kernels.calibrate_fwd, (x, mask, scale, shift))
-    torch.library.opcheck(kernels.calibrate_fwd, (x, mask, scale.float(), shift.float()))
-    torch.library.opcheck(kernels.calibrate_bwd, (x, x, mask, scale))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("fn", [public, fused])
-def test_compiles_whole(fn, dynamic, device):
-    torch._dynamo.reset()
-
-    def scaled(x, mask, scale, shift):
-        return fn(2 * x, mask, scale, shift) + 1
-
-    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for n in (4, 6):
-        inputs = make(3, n, device=device)
-        torch.testing.assert_close(
-            value_and_grads(compiled, inputs), value_and_grads(scaled, inputs)
-        )
-
-
-def test_exports(device):
-    class Module(torch.nn.Module):
-        def forward(self, x, mask, scale, shift):
-            return fused(x, mask, scale, shift)
-
-    n = torch.export.Dim("n", min=2)
-    program = torch.export.export(
-        Module(), make(4, device=device), dynamic_shapes=({0: n}, {0: n}, None, None)
-    )
-    assert "fastalign.calibrate_fwd" in str(program.graph)
-    inputs = make(7, device=device)
-    torch.testing.assert_close(program.module()(*inputs), fused(*inputs))
-
-
-@pytest.mark.parametrize("in_dims", [(0, 0, None, None), (None, None, 0, 0)], ids=str)
-def test_function_transforms(in_dims, device):
-    inputs = make(4, device=device)
-
-    def loss(fn):
-        return lambda *inputs: fn(*inputs).square().sum()
-
-    leaves = (0, 2, 3)
-    torch.testing.assert_close(
-        torch.func.grad(loss(fused), leaves)(*inputs),
-        torch.func.grad(loss(public), leaves)(*inputs),
-    )
-    batch = [
-        t if dim is None else torch.stack([t, t.flip(0)])
-        for t, dim in zip(inputs, in_dims, strict=True)
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no slow fall-back
-        batched = torch.func.vmap(torch.func.grad(loss(fused), leaves), in_dims)(*batch)
-    expected = torch.func.vmap(torch.func.grad(loss(public), leaves), in_dims)(*batch)
-    torch.testing.assert_close(batched, expected)
-
-
-def test_second_derivative_is_refused(device):
-    x, mask, scale, shift = make(4, device=device)
-    x.requires_grad_()
-    (dx,) = torch.autograd.grad(fused(x, mask, scale, shift).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 def test_cuda_branch_on_fake_tensors():

@@ -72,7 +72,7 @@ def imported_on_load(tree: ast.Module) -> set[str]:
 
 def test_every_op_has_five_files_of_one_stem():
     ops = sorted(path.stem for path in (ROOT / "fastalign/ops").glob("[!_]*.py"))
-    assert ops == ["calibrate", "hadamard_reweight", "label_logits"]
+    assert ops == ["calibrate", "hadamard_reweight", "label_logits", "structure_distill"]
     for op in ops:
         for folder in ("fastalign/reference", "kernels/fastalign_kernels", "benchmarks"):
             assert (ROOT / folder / f"{op}.py").is_file(), f"{folder}/{op}.py"

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastalign.ops._check import check_floating, check_one_of, check_same, check_shape
+from fastalign.ops._once import once
 from fastalign.reference.calibrate import calibrate as reference
 
 
@@ -29,11 +29,10 @@ class Calibrate(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         from fastalign_kernels.calibrate import calibrate_bwd
 
-        dx, dscale, dshift = calibrate_bwd(dy, *ctx.saved_tensors)
+        dx, dscale, dshift = once(calibrate_bwd, dy, *ctx.saved_tensors)
         return dx, None, dscale, dshift
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastalign.ops._check import check_floating, check_one_of, check_same
+from fastalign.ops._once import once
 from fastalign.reference.hadamard_reweight import hadamard_reweight as reference
 
 
@@ -27,12 +27,11 @@ class HadamardReweight(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         from fastalign_kernels.hadamard_reweight import hadamard_reweight_bwd
 
         needs_w = ctx.needs_input_grad[1]
-        dh, dw = hadamard_reweight_bwd(dy, *ctx.saved_tensors, needs_w)
+        dh, dw = once(hadamard_reweight_bwd, dy, *ctx.saved_tensors, needs_w)
         return dh, dw if needs_w else None
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastalign.ops._check import (
     check_dim,
@@ -15,6 +14,7 @@ from fastalign.ops._check import (
     check_same,
     check_shape,
 )
+from fastalign.ops._once import once
 from fastalign.reference.label_logits import label_logits as reference
 
 
@@ -38,7 +38,6 @@ class LabelLogits(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, labels)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
         from fastalign_kernels.label_logits import label_logits_bwd_hidden, label_logits_bwd_weight
 
@@ -46,9 +45,9 @@ class LabelLogits(torch.autograd.Function):
         needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad
         dhidden = dweight = dbias = None
         if needs_hidden:
-            dhidden = label_logits_bwd_hidden(dy, weight, labels)
+            dhidden = once(label_logits_bwd_hidden, dy, weight, labels)
         if needs_weight or needs_bias:
-            dweight, dbias = label_logits_bwd_weight(dy, hidden, labels, weight.shape[0])
+            dweight, dbias = once(label_logits_bwd_weight, dy, hidden, labels, weight.shape[0])
         return dhidden, dweight if needs_weight else None, None, dbias if needs_bias else None
 
 

@@ -45,24 +45,29 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float(error / exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def assert_as_accurate(actual: Tensor, eager: Tensor, exact: Tensor, slack: float = 1.1) -> None:
-    """`actual` may err from `exact` by `slack` times what `eager` does, plus float32's noise.
+def assert_as_accurate(
+    actual: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    slack: float = 1.1,
+    noise: float = 2 * torch.finfo(torch.float32).eps,
+) -> None:
+    """`actual` may err from `exact` by `slack` times what `eager` does, plus `noise`.
 
     All relative to the largest magnitude. On few elements `eager` may by chance be exact, so at
-    least half a unit in the last place is allowed, what rounding the result costs. The noise, two
-    units of float32, is that of another order of summation and another form of the gradient.
+    least half a unit in the last place is allowed, what rounding the result costs.
 
     Args:
         actual: What the kernel gave.
         eager: The reference at the kernel's dtype, of the shape and dtype of `actual`.
         exact: The reference in float64 on the same (already rounded) inputs.
         slack: Allowance for a different order of summation.
+        noise: By default two units of float32, for another form of the gradient.
     """
     assert actual.dtype == eager.dtype and actual.shape == eager.shape == exact.shape
     assert actual.isfinite().all(), "the kernel left NaN or Inf"
     error = relative_error(actual, exact)
     rounding = torch.finfo(actual.dtype).eps / 2
-    noise = 2 * torch.finfo(torch.float32).eps
     allowed = max(slack * relative_error(eager, exact), rounding) + noise
     assert error <= allowed, f"relative error {error:.3e} exceeds {allowed:.3e}"
 

@@ -18,12 +18,13 @@ class Case:
 
     Args:
         op: Name of the op.
-        shape: Sizes that its inputs are made from: (t, v, d) for label_logits, else (..., d).
+        shape: Sizes that its inputs are made from: (t, v, d) for label_logits, (b, n, d, dt) for
+            structure_distill, else (..., d).
         dtype: Of the activations.
         variant: "" or a way in which the inputs differ, see the functions below.
         model: The model whose shape this is; "" for a case of a test.
         quick: Small enough for a smoke run on a CPU.
-        large: Too large for a CPU: gigabytes in float64.
+        large: Too large for a CPU: gigabytes in float64, or minutes.
     """
 
     op: str
@@ -82,14 +83,54 @@ def _calibrate(case: Case, g: Generator) -> Inputs:
     return _normal(case.shape, case.dtype, g), mask, *(_normal((d,), dtype, g) for _ in range(2))
 
 
+def _structure_distill(case: Case, g: Generator) -> Inputs:
+    """student, teacher, cu_seqlens, which is None but for the variant "ragged".
+
+    "ragged": b images of at most n patches, packed; in a test one has 1 patch and one has none.
+    """
+    b, n, d, dt = case.shape
+    if case.variant != "ragged":
+        return _features((b, n, d), case.dtype, g), _features((b, n, dt), case.dtype, g), None
+    cycle = (1.0, 0.37, 0.71, 0.2, 0.93, 0.55)
+    lengths = [int(n * cycle[i % 6]) for i in range(b)]
+    if not case.model:
+        lengths = [(n, 1, 0, n // 2 | 1)[i % 4] for i in range(b)]
+    rows = sum(lengths)
+    offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return _features((rows, d), case.dtype, g), _features((rows, dt), case.dtype, g), offsets
+
+
+def _features(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Tensor:
+    """Patches as of a vision model: a common mean, 16 directions, noise, and norms that differ.
+
+    The cosine of two patches is 0.7 in the mean over wide features.
+    """
+    d, rank = shape[-1], 16
+    mean, basis = torch.randn(d, generator=g), torch.randn(rank, d, generator=g) / rank**0.5
+    latent = torch.randn(*shape[:-1], rank, generator=g)
+    noise = torch.randn(shape, generator=g)
+    patches = 0.7**0.5 * mean + 0.25**0.5 * latent @ basis + 0.05**0.5 * noise
+    scale = torch.exp(0.3 * torch.randn(*shape[:-1], 1, generator=g))
+    features: Tensor = scale * patches
+    return features.to(dtype)
+
+
 _INPUTS: dict[str, Callable[[Case, Generator], Inputs]] = {
     "hadamard_reweight": _hadamard_reweight,
     "label_logits": _label_logits,
     "calibrate": _calibrate,
+    "structure_distill": _structure_distill,
 }
 
 # Empty, one element, each odd width, batched; 1025 spills over a power of two.
 _ROWS = [(0, 8), (1, 1), (3, 2), (4, 3), (2, 3, 7), (5, 127), (3, 128), (2, 2, 129), (2, 1025)]
+# No image, no patch, one patch (the loss is 0), widths 1 (the gradient is 0), 3, 33, 65, 127.
+_PATCHES = [
+    *((0, 3, 8, 8), (2, 0, 8, 3), (1, 1, 1, 1), (3, 1, 33, 65), (1, 5, 1, 3), (2, 2, 3, 1)),
+    (2, 3, 3, 33),
+    *((2, 7, 65, 127), (2, 17, 128, 64), (1, 33, 127, 65), (1, 65, 33, 3), (1, 70, 130, 16)),
+]
+_PACKED = [(0, 4, 8, 8), (3, 9, 3, 33), (5, 35, 33, 17), (4, 66, 65, 127)]
 _BF16 = torch.bfloat16
 _CASES = [
     *(Case("hadamard_reweight", s, t) for s, t in product(_ROWS, DTYPES)),
@@ -104,6 +145,8 @@ _CASES = [
     *(Case("label_logits", (40, 2, 129), t, "bias") for t in DTYPES),  # 15 tokens a label
     *(Case("calibrate", s, t) for s, t in product(_ROWS, DTYPES)),
     *(Case("calibrate", (2, 9, 33), t, "float32") for t in DTYPES),
+    *(Case("structure_distill", s, t) for s, t in product(_PATCHES, DTYPES)),
+    *(Case("structure_distill", s, t, "ragged") for s, t in product(_PACKED, DTYPES)),
     # Vision tokens of 8 images, then a batch of 4 samples with their text.
     Case("hadamard_reweight", (576, 1024), _BF16, model="quick", quick=True),
     Case("hadamard_reweight", (8 * 576, 4096), _BF16, model="LLaVA-1.5-7B"),
@@ -116,4 +159,12 @@ _CASES = [
     Case("calibrate", (4, 704, 4096), _BF16, "float32", model="LLaVA-1.5-7B"),
     Case("calibrate", (2, 3072, 4096), _BF16, "float32", model="LLaVA-NeXT-7B"),
     Case("calibrate", (4, 1536, 3584), _BF16, "float32", model="Qwen2.5-VL-7B"),
+    # The model's patches against those of a ViT-L; ragged: images of several resolutions.
+    Case("structure_distill", (2, 128, 256, 128), _BF16, model="quick", quick=True),
+    Case("structure_distill", (4, 576, 4096, 1024), _BF16, model="LLaVA-1.5-7B"),
+    Case("structure_distill", (2, 2880, 4096, 1024), _BF16, model="LLaVA-NeXT-7B", large=True),
+    Case("structure_distill", (6, 1280, 3584, 1024), _BF16, "ragged", model="Qwen2.5-VL-7B"),
+    Case("structure_distill", (8, 256, 3584, 1024), _BF16, model="InternVL3-8B"),
+    Case("structure_distill", (4, 1369, 1024, 1024), _BF16, model="DINOv2-L14-518px"),
+    Case("structure_distill", (1, 4096, 384, 384), _BF16, model="ViT-S"),
 ]

@@ -39,7 +39,7 @@ def op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], 
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"fastalign::{name}", fake, lib=_LIBRARY)
         operator: Callable[..., Any] = getattr(torch.ops.fastalign, name).default
-        torch.library.register_vmap(f"fastalign::{name}", _one_by_one(operator), lib=_LIBRARY)
+        torch.library.register_vmap(f"fastalign::{name}", one_by_one(operator), lib=_LIBRARY)
         return operator
 
     return register
@@ -55,7 +55,7 @@ def _on_device_of_first(launch: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The vmap rule that calls `operator` for each element and stacks what it returns."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
