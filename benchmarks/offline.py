@@ -18,14 +18,12 @@ import argparse
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from fastalign_kernels import calibrate, hadamard_reweight, label_logits
+from fastalign_kernels import calibrate
 from fastalign_kernels._op import DTYPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -35,6 +33,8 @@ from benchmarks import _machine_code as machine_code
 from benchmarks._offline_table import Row, markdown, splice
 from benchmarks._offsets import narrow_products
 from benchmarks._processes import in_processes
+from benchmarks._variants import Variant as Variant
+from benchmarks._variants import variants
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one block, by architecture
 REGISTERS = 65536  # of one multiprocessor
@@ -43,107 +43,6 @@ WIDTHS = ("d", "dt", "w_stride")  # arguments that are divisible by 16 when `d` 
 SIZES = ("n", "v", "rows", *WIDTHS)  # arguments that are 1 when `d` is
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")  # for the compiler
 SHOWN = 4096  # row length of the table in the documentation
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel in one configuration.
-
-    Args:
-        kernel: The @triton.jit function.
-        types: Triton's type of each argument that is no constexpr; "*" is a pointer to the
-            activations' dtype, "tensordesc<*[128,64]>" a descriptor of tiles of it.
-        constants: The constexprs, num_warps and num_stages, as the launcher passes them.
-        d: Row length; divisible by 16 or not, as it is specialised at a launch.
-        wide: Whether it must read aligned rows 16 bytes at a time.
-        spill: Bytes a thread may spill; none in the loop of a matrix product.
-        matrix: Whether it must hold the matrix instruction of its architecture.
-        descriptor: Whether it must load through tensor descriptors; not compiled for sm_80.
-        offsets: Whether it multiplies offsets, which must be in 64 bits.
-        archs: What it is launched on.
-        dtypes: What it is launched for.
-        note: What tells it from variants of the same kernel with the same flags.
-    """
-
-    kernel: JITFunction
-    types: dict[str, str]
-    constants: dict[str, Any]
-    d: int
-    wide: bool = True
-    spill: int = 0
-    matrix: bool = False
-    descriptor: bool = False
-    offsets: bool = True
-    archs: tuple[int, ...] = (80, 90, 100)
-    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)
-    note: str = ""
-
-    def __str__(self) -> str:
-        flags = [name.lower() for name, value in self.constants.items() if value is True]
-        name = self.kernel.__name__.lstrip("_")
-        return " ".join([name, *flags, *([self.note] if self.note else [])])
-
-    def runs(self, arch: int, dtype: torch.dtype) -> bool:
-        """Whether it is launched on this architecture for this dtype."""
-        return arch in self.archs and dtype in self.dtypes and not (self.descriptor and arch < 90)
-
-
-def _hadamard_reweight(d: int) -> Iterator[Variant]:
-    if d > hadamard_reweight.MAX_DIM:
-        return
-    rows = {"h_ptr": "*", "w_ptr": "*", "d": "i32", "w_stride": "i32"}
-    config = hadamard_reweight._config(d)
-    kernel = hadamard_reweight._hadamard_reweight_fwd
-    yield Variant(kernel, {**rows, "y_ptr": "*"}, config, d)
-    kernel = hadamard_reweight._hadamard_reweight_bwd
-    for needs_w, shared in ((True, False), (True, True), (False, False)):
-        dw = "*fp32" if shared else "*"
-        types = {**rows, "dy_ptr": "*", "dh_ptr": "*", "dw_ptr": dw, "n": "i32"}
-        constants = {"NEEDS_W": needs_w, "SHARED": shared, **config}
-        if shared:
-            types["rows"] = "i32"
-        else:
-            constants["rows"] = 1
-        yield Variant(kernel, types, constants, d, spill=256 if d > 8192 else 0)
-
-
-def _label_logits(d: int) -> Iterator[Variant]:
-    config = label_logits._config(d)
-    picked = {"weight_ptr": "*", "labels_ptr": "*i64", "d": "i32", "v": "i32"}
-    for bias in (False, True):
-        types = {**picked, "hidden_ptr": "*", "bias_ptr": "*", "y_ptr": "*fp32"}
-        yield Variant(label_logits._label_logits_fwd, types, {"HAS_BIAS": bias, **config}, d)
-    types = {**picked, "dy_ptr": "*fp32", "dhidden_ptr": "*"}
-    yield Variant(label_logits._label_logits_bwd_hidden, types, config, d)
-    types = {"dy_ptr": "*fp32", "hidden_ptr": "*", "dweight_ptr": "*", "dbias_ptr": "*"}
-    types |= {"sorted_ptr": "*i64", "order_ptr": "*i64", "end_ptr": "*i64", "d": "i32", "v": "i32"}
-    kernel = label_logits._label_logits_bwd_weight
-    yield Variant(kernel, types, label_logits._config_weight(d), d, wide=False)
-
-
-def _calibrate(d: int) -> Iterator[Variant]:
-    config = calibrate._config(d)
-    tile = {"n": "i32", "d": "i32", "x_ptr": "*", "mask_ptr": "*i1"}
-    for scale in ("*", "*fp32"):
-        types = {**tile, "scale_ptr": scale, "shift_ptr": scale, "y_ptr": "*"}
-        yield Variant(calibrate._calibrate_fwd, types, config, d)
-    sums = {"dscale_ptr": "*fp32", "dshift_ptr": "*fp32", "chunk": "i32"}
-    types = {**tile, **sums, "scale_ptr": "*fp32", "dy_ptr": "*", "dx_ptr": "*"}
-    yield Variant(calibrate._calibrate_bwd, types, config, d)
-
-
-# One function for each module of kernels: a new module adds its own here.
-MODULES: tuple[Callable[[int], Iterator[Variant]], ...] = (
-    _hadamard_reweight,
-    _label_logits,
-    _calibrate,
-)
-
-
-def variants(d: int) -> Iterator[Variant]:
-    """Every kernel as its launcher configures it for rows of `d`; for d = 1 all sizes are 1."""
-    for module in MODULES:
-        yield from module(d)
 
 
 def compile_for(arch: int, variant: Variant, dtype: torch.dtype) -> Any:

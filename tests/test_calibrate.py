@@ -69,10 +69,10 @@ def test_gradcheck(rows, d):
 
 
 @given(n=st.integers(0, 12), d=st.integers(1, 20), seed=st.integers(0, 999))
-def test_text_and_vision_rows_are_independent(n, d, seed):
+def test_text_and_vision_rows_are_independent(n, d, seed, device):
     g = torch.Generator().manual_seed(seed)
-    x, mask = torch.randn(n, d, generator=g), torch.rand(n, generator=g) < 0.5
-    scale, shift = torch.randn(2, d, generator=g)
+    x, mask = torch.randn(n, d, generator=g).to(device), torch.rand(n, generator=g) < 0.5
+    mask, (scale, shift) = mask.to(device), torch.randn(2, d, generator=g).to(device)
     for fn in (public, fused):
         y = fn(x, mask, scale, shift)
         assert torch.equal(y[~mask], x[~mask])
@@ -80,10 +80,10 @@ def test_text_and_vision_rows_are_independent(n, d, seed):
 
 
 @given(n=st.integers(1, 12), d=st.integers(1, 9), seed=st.integers(0, 999))
-def test_column_sums_are_those_of_vision_rows(n, d, seed):
+def test_column_sums_are_those_of_vision_rows(n, d, seed, device):
     g = torch.Generator().manual_seed(seed)
-    x, mask = torch.randn(n, d, generator=g), torch.rand(n, generator=g) < 0.5
-    scale, shift = torch.randn(2, d, generator=g)
+    x, mask = torch.randn(n, d, generator=g).to(device), torch.rand(n, generator=g) < 0.5
+    mask, (scale, shift) = mask.to(device), torch.randn(2, d, generator=g).to(device)
     dy = cotangent_like(x)
     for fn in (public, fused):
         _, _, dscale, dshift = value_and_grads(fn, (x, mask, scale, shift))
@@ -130,12 +130,12 @@ def test_cuda_branch_on_fake_tensors():
             public(x.double(), mask, scale, scale)
 
 
-def test_dtypes_and_widths():
+def test_dtypes_and_widths(device):
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         x, mask, scale, shift = make(3, dtype=dtype)
         assert public(x, mask, scale.float(), shift.float()).dtype == dtype
     for fn in (public, fused):
-        x, mask, scale, shift = make(3, d=0)
+        x, mask, scale, shift = make(3, d=0, device=device)
         assert fn(x, mask, scale, shift).shape == (3, 0)
 
 

@@ -90,18 +90,19 @@ def test_bfloat16_gradient_of_a_frequent_label_adds_up_in_float32(fn, device):
 
 
 @given(t=st.integers(0, 6), v=st.integers(1, 6), d=st.integers(1, 20), seed=st.integers(0, 999))
-def test_equals_gathering_the_full_product(t, v, d, seed):
+def test_equals_gathering_the_full_product(t, v, d, seed, device):
     g = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(t, d, generator=g), torch.randn(v, d, generator=g)
     bias, labels = torch.randn(v, generator=g), torch.randint(-1, v, (t,), generator=g)
     logits = (hidden @ weight.mT + bias).gather(1, labels.clamp_min(0)[:, None])[:, 0]
     expected = logits.masked_fill(labels < 0, 0)
     for fn in (public, fused):
-        torch.testing.assert_close(fn(hidden, weight, labels, bias), expected)
+        found = fn(*(x.to(device) for x in (hidden, weight, labels, bias)))
+        torch.testing.assert_close(found.cpu(), expected)
 
 
 @given(t=st.integers(1, 8), v=st.integers(1, 4), seed=st.integers(0, 999))
-def test_gradient_equals_that_of_the_full_product(t, v, seed):
+def test_gradient_equals_that_of_the_full_product(t, v, seed, device):
     g = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(t, 3, generator=g), torch.randn(v, 3, generator=g)
     labels = torch.randint(v, (t,), generator=g)
@@ -111,7 +112,8 @@ def test_gradient_equals_that_of_the_full_product(t, v, seed):
 
     expected = value_and_grads(full, (hidden, weight))
     for fn in (public, fused):
-        torch.testing.assert_close(value_and_grads(fn, (hidden, weight, labels)), expected)
+        found = value_and_grads(fn, [x.to(device) for x in (hidden, weight, labels)])
+        torch.testing.assert_close([x.cpu() for x in found], list(expected))
 
 
 @pytest.mark.parametrize("fn", [public, fused])

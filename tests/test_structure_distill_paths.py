@@ -126,8 +126,9 @@ def test_tiles_of_128(monkeypatch, device):
 
 def test_large_work_gets_large_tiles():
     # 4 x 576: five tiles of 128, 15 on and above the diagonal, 60 in all. 40 images have 600.
-    assert kernels._block(4, 576, 2) == 64 and kernels._block(40, 576, 2) == 128
-    assert kernels._block(1, 4096, 2) == 128 and kernels._block(40, 576, 4) == 64
+    assert kernels._block(4, 576, 2, True) == 64 and kernels._block(40, 576, 2, True) == 128
+    assert kernels._block(1, 4096, 2, True) == 128
+    assert kernels._block(40, 576, 4, True) == 64 and kernels._block(40, 576, 2, False) == 64
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU decides")

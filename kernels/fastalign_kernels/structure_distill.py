@@ -252,7 +252,7 @@ def _structure_loss(
         tile = tl.load(tiles_ptr + image)
         rows = (tl.load(cu_ptr + image + 1) - tl.load(cu_ptr + image)).to(tl.int32)
     else:
-        tile, rows = image * columns, n
+        tile, rows = image.to(tl.int64) * columns, n
     steps = tl.arange(0, SLOTS)
     sums = tl.zeros((SLOTS,), tl.float32)
     first = tile.to(tl.int64) * columns
@@ -366,7 +366,7 @@ def _structure_mirror(
     across = tl.cdiv(d, BLOCK_N)
     last = first + count - 1
     image, tile, row, rows = _locate(last, cu_ptr, tiles_ptr, n, columns, RAGGED, IMAGES)
-    i = last - tile + 1 + tl.program_id(0) // across
+    i = (last - tile + 1 + tl.program_id(0) // across).to(tl.int64)
     if i * BLOCK >= rows:
         return
 
@@ -375,7 +375,8 @@ def _structure_mirror(
     cols = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
     top = row + (first - tile).to(tl.int64) * BLOCK
     acc = tl.zeros((BLOCK, BLOCK_N), tl.float32)
-    for k in range(tl.maximum(tile - first, 0) * BLOCK, count * BLOCK, BLOCK_K):
+    begin = tl.maximum(tile - first, 0).to(tl.int64) * BLOCK
+    for k in range(begin, count * BLOCK, BLOCK_K):
         lines = (k + ks).to(tl.int64)
         at = h_ptr + (top + lines)[:, None] * d + cols[None, :]
         x = tl.load(at) if EVEN else tl.load(at, mask=cols[None, :] < d, other=0.0)
@@ -405,14 +406,23 @@ def _structure_radial(h_ptr, rh_ptr, out_ptr, d, BLOCK: tl.constexpr):
         tl.store(out_ptr + row * d + k + cols, x - t * h, mask=mask)
 
 
-def _block(images: int, longest: int, itemsize: int) -> int:
+def _block(images: int, longest: int, itemsize: int, aligned: bool) -> int:
     """Rows of a tile: 128, or 64 where tiles of 128 would leave a GPU without work.
 
     200 tiles are about one and a half for each multiprocessor of an H100. The three products that
-    stand for one in float32 spill at 128.
+    stand for one in float32 spill at 128, and so do the many loads of rows that are not `aligned`
+    to 16 bytes.
     """
     tiles = triton.cdiv(longest, 128)
-    return 128 if itemsize <= 2 and images * tiles * (tiles + 1) // 2 >= 200 else 64
+    enough = images * tiles * (tiles + 1) // 2 >= 200
+    return 128 if enough and itemsize <= 2 and aligned else 64
+
+
+def _sizes(student: Tensor, teacher: Tensor) -> tuple[int, bool]:
+    """Bytes of the wider element, and whether all rows are of 16 bytes or a multiple."""
+    both = (student, teacher)
+    aligned = all(x.shape[1] * x.element_size() % 16 == 0 for x in both)
+    return max(x.element_size() for x in both), aligned
 
 
 def _config(block: int, itemsize: int, descriptor: bool) -> dict[str, int]:
@@ -518,7 +528,7 @@ def _fake_fwd(
     if keep == GRADIENT:
         residual = losses.new_empty((rows, d))
     elif keep == MATRIX:
-        block = _block(images, longest, max(student.element_size(), teacher.element_size()))
+        block = _block(images, longest, *_sizes(student, teacher))
         columns = (longest + block - 1) // block
         tiles = images * columns
         if cu_seqlens is not None:
@@ -550,8 +560,8 @@ def structure_distill_fwd(
         kept = _fake_fwd(student, teacher, cu_seqlens, images, longest, cosine, negatives, keep)
         zeros = [torch.zeros_like(x) for x in kept]
         return zeros[0], zeros[1], zeros[2], zeros[3]
-    itemsize = max(student.element_size(), teacher.element_size())
-    block = _block(images, longest, itemsize)
+    itemsize, aligned = _sizes(student, teacher)
+    block = _block(images, longest, itemsize, aligned)
     tiling = _Tiling(student, block, cu_seqlens, images, longest)
     columns, tiles = tiling.columns, tiling.tiles
     rh, rg = t, t
