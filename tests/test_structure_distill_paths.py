@@ -17,7 +17,6 @@ from fastalign.testing.cases import DTYPES
 FUNCTIONS = [StructureDistill, StructureDistillPortable]
 both_paths = pytest.mark.parametrize("function", FUNCTIONS, ids=["kernels", "portable"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-MODULES = {StructureDistill: kernels, StructureDistillPortable: portable}
 
 
 def patches(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
