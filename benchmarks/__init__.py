@@ -166,14 +166,20 @@ def _measure_case(
         with _precision(name):
             peaks[name] = _peak_mib(run, device)
     times = _interleaved_us(runs, device, rounds=5 if quick else 30, seconds=1 if quick else 20)
-    quantiles = {
-        name: torch.tensor(us).quantile(torch.tensor([0.5, 0.1, 0.9])).tolist()
-        for name, us in times.items()
-    }
-    bound_us = quantiles["bound"][0]
+    found = {name: quantiles(us) for name, us in times.items()}
+    bound_us = found["bound"]["median_us"]
     device, op = device_name(device), benchmark.op
     values = (
-        (op, str(case), name, device, *quantiles[name], peaks[name], bound_us, errors.get(name))
+        (
+            op,
+            str(case),
+            name,
+            device,
+            *found[name].values(),
+            peaks[name],
+            bound_us,
+            errors.get(name),
+        )
         for name in runs
     )
     return [dict(zip(FIELDS, row, strict=True)) for row in values]
@@ -256,6 +262,14 @@ def _interleaved_us(
             with _precision(name):
                 times[name].append(_time_us(runs[name], flush))
     return times
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    found = torch.tensor(times, dtype=torch.float64).quantile(
+        torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    )
+    return dict(zip(("median_us", "p10_us", "p90_us"), found.tolist(), strict=True))
 
 
 def _time_us(run: Run, flush: Tensor | None) -> float:

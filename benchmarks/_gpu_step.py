@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import device_name
+from benchmarks import device_name, quantiles
 from benchmarks._gpu_models import (
     FLOPS,
     IMAGE,
@@ -29,7 +29,6 @@ from benchmarks._gpu_models import (
     peak_tflops,
 )
 from benchmarks._gpu_stage import FAILED, PASSED, Options, Unit, absent
-from benchmarks.tune import quantiles
 from fastalign import losses, objectives
 from fastalign.adapters import AdapterConfig, adapter_of, attach
 from fastalign.models import VLM, layer_stack

@@ -30,6 +30,7 @@ from benchmarks import (
     _interleaved_us,
     _leaves,
     device_name,
+    quantiles,
 )
 from benchmarks.__main__ import find
 from benchmarks._gpu_stage import FAILED, PASSED, Options, Unit, absent
@@ -169,14 +170,6 @@ def graphed(run: Callable[[], Any], pool: Any) -> Run:
     with torch.cuda.graph(graph, pool=pool):
         run()
     return graph.replay
-
-
-def quantiles(times: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
-    found = torch.tensor(times, dtype=torch.float64).quantile(
-        torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
-    )
-    return dict(zip(("median_us", "p10_us", "p90_us"), found.tolist(), strict=True))
 
 
 def tune(

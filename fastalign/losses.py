@@ -7,7 +7,6 @@ unless the docstring says so. A NaN in an input that counts gives a NaN loss.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, overload
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign import reference
+from fastalign.ops._autocast import no_autocast
 from fastalign.ops._check import (
     check_cu_seqlens,
     check_dim,
@@ -25,6 +25,7 @@ from fastalign.ops._check import (
     check_positive,
     check_same,
     check_shape,
+    check_width,
 )
 from fastalign.ops._gather import gather_rows
 from fastalign.ops.structure_distill import structure_distill as structure_distill
@@ -173,7 +174,7 @@ def linear_cross_entropy(
     if softcap is not None:
         check_positive("softcap", softcap)
     _check_labels(labels, vocabulary, ignore_index)
-    with _no_autocast(hidden):
+    with no_autocast(hidden):
         return reference.linear_cross_entropy(
             hidden, weight, labels, token_weights, bias, ignore_index, logit_scale, softcap,
             reduction, details,
@@ -271,7 +272,7 @@ def shift_align(
     else:
         check_shape("direction", direction, tuple(original.shape), "(d,) or (m, d)")
     check_same("device", original=original, shifted=shifted, direction=direction)
-    _check_width(original=original)
+    check_width(original=original)
     return reference.shift_align(original, shifted, direction, kind, reduction)
 
 
@@ -322,19 +323,13 @@ def mutual_information(
         check_last_dim("y", y, x.shape[1])
     check_shape("y", y, (x.shape[0], y.shape[1]), "(m, d)")
     check_same("device", x=x, y=y)
-    _check_width(x=x, y=y)
+    check_width(x=x, y=y)
     if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
         x, y = gather_rows(x, y)
     if x.shape[0] == 0:
         raise ValueError("x and y must have at least one row: got none; skip the term instead")
-    with _no_autocast(x):
+    with no_autocast(x):
         return reference.mutual_information(x, y, estimator, temperature, shrinkage)
-
-
-def _check_width(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.shape[-1] == 0:
-            raise ValueError(f"{name} must have a width of at least 1: got {tuple(tensor.shape)}")
 
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -346,10 +341,3 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
             f"labels must lie in [0, {vocabulary}) or be ignore_index = {ignore_index}: got "
             f"{labels[wrong][0].item()} at row {wrong.nonzero()[0].item()}"
         )
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Keep autocast from turning the float32 products of the references into bfloat16."""
-    if not torch.amp.is_autocast_available(x.device.type):
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)

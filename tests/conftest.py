@@ -1,8 +1,12 @@
 """What every test shares: the device, Triton's interpreter without a GPU, and NaN-filled memory."""
 
+import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -95,3 +99,13 @@ def reproducible() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(scope="module")
+def harness() -> Iterator[ModuleType]:
+    """The package `benchmarks` of this checkout, which is not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1]))
+        yield importlib.import_module("benchmarks")
+    for name in [n for n in sys.modules if n.split(".")[0] == "benchmarks"]:
+        del sys.modules[name]  # so that another test can run the package as a command

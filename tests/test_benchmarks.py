@@ -22,15 +22,6 @@ FIELDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def harness():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield importlib.import_module("benchmarks")
-    for name in [n for n in sys.modules if n.split(".")[0] == "benchmarks"]:
-        del sys.modules[name]  # so that another test can run the package as a command
-
-
 @pytest.fixture
 def command(harness) -> ModuleType:
     return importlib.import_module("benchmarks.__main__")

@@ -8,7 +8,6 @@ those of plain torch; times are not.
 """
 
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,6 @@ ROOT = Path(__file__).parents[1]
 OPS = sorted(
     path.stem for path in (ROOT / "benchmarks").glob("*.py") if "\nBENCHMARK = " in path.read_text()
 )
-
-
-@pytest.fixture(scope="module")
-def harness():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield importlib.import_module("benchmarks")
-    for name in [n for n in sys.modules if n.split(".")[0] == "benchmarks"]:
-        del sys.modules[name]  # so that another test can run the package as a command
 
 
 @pytest.fixture(params=OPS)

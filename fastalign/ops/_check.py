@@ -87,6 +87,13 @@ def check_last_dim(name: str, tensor: Tensor, size: int) -> None:
         )
 
 
+def check_width(**tensors: Tensor) -> None:
+    """Raise ValueError unless the rows of every tensor have at least one entry."""
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{name} must have a width of at least 1: got {tuple(tensor.shape)}")
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless the number `value` is above zero; NaN is not."""
     if not value > 0:

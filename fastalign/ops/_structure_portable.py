@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.ops._autocast import no_autocast
+
 NOTHING, MATRIX, GRADIENT = range(3)
 """What a forward pass keeps for the backward one: nothing, R, or the gradient by the loss."""
 
@@ -87,7 +89,7 @@ def structure_distill_fwd(
     losses.zero_()
     factor.zero_()
     dtype, width = losses.dtype, student.shape[1] + teacher.shape[1]
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student):
         for group, rows, n in _groups(cu_seqlens, images, longest):
             h, g = (_images(x[rows], n) for x in (student, teacher))
             kept = _images(residual[rows], n) if keep else residual
@@ -205,7 +207,7 @@ def structure_distill_bwd(
     """dlosses (images,) and R of the forward pass -> dh (N, d) in the type of `student`."""
     dh = torch.empty_like(student)
     scale = dlosses * factor
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student):
         for group, rows, n in _groups(cu_seqlens, len(dlosses), longest):
             h, inverse = _rows(_images(student[rows], n), residual.dtype, cosine)
             r, product = _images(residual[rows], n), torch.zeros_like(h)

@@ -15,6 +15,7 @@ from fastalign.ops._check import (
     check_floating,
     check_one_of,
     check_same,
+    check_width,
 )
 from fastalign.ops._once import once
 from fastalign.reference._rows import reduce
@@ -177,9 +178,7 @@ def structure_distill(
             f"{tuple(student.shape)}; fastalign.losses.resample_grid brings the teacher's patches "
             "to the student's grid"
         )
-    for name, rows in (("student", student), ("teacher", teacher)):
-        if rows.shape[-1] == 0:
-            raise ValueError(f"{name} must have a width of at least 1: got {tuple(rows.shape)}")
+    check_width(student=student, teacher=teacher)
     if student.is_cuda:
         from fastalign_kernels.structure_distill import DTYPES
 
