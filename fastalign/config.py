@@ -26,6 +26,10 @@ class CALConfig:
     clamp: tuple[float, float] = (1.0, 5.0)
     window: int = 3
     mode: str = "drop"
+    ratio: float = 0.7
+    sigma: float = 10.0
+    packed: bool = True
+    backend: str = "auto"
     normalize: str = "mean"
     compat: str = "paper"
 

@@ -77,19 +77,28 @@ def _ops() -> list[dict[str, str]]:
 
 
 def _attention() -> list[dict[str, Any]]:
-    """The back ends that attend within packed sequences."""
+    """The back ends of packed attention: which can run here, and where each is taken."""
     import torch
 
-    cuda = torch.cuda.is_available()
+    from fastalign.models import _packed
+
+    cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    places: list[tuple[torch.device, list[torch.dtype]]] = [
+        (device, [torch.bfloat16, torch.float32]) for device in cuda
+    ]
+    places.append((torch.device("cpu"), [torch.float32]))
     rows = []
-    for name, module in (
-        ("torch varlen", "torch.nn.attention.varlen"),
-        ("flash-attn", "flash_attn"),
-        ("xformers", "xformers"),
-    ):
-        found = _found(module)
-        why = "" if found and cuda else "no CUDA device" if found else "not installed"
-        rows.append({"name": name, "installed": found, "usable": found and cuda, "why": why})
+    for name in _packed.BACKENDS[1:]:
+        taken, reasons = [], []
+        for device, dtypes in places:
+            best = [dtype for dtype in dtypes if _packed.choose(device, dtype) == name]
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in best)
+            taken += [f"{device} ({kinds})" if len(dtypes) > 1 else f"{device}"] if best else []
+            reasons.append(_packed.obstacle(name, device, dtypes[0]))
+        usable = None in reasons
+        why = f"taken on {', '.join(taken)}" if taken else "when named" if usable else reasons[0]
+        installed = not (reasons[0] or "").startswith("not installed")
+        rows.append({"name": name, "installed": installed, "usable": usable, "why": why})
     return rows
 
 

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from fastalign import cli, doctor
+from fastalign.models import _packed_attention
 from fastalign.train import TrainConfig
 
 
@@ -314,7 +315,10 @@ def test_doctor(tmp_path, capsys):
     assert {"ops.label_logits", "losses.structure_distill", "linalg.sqrtm"} <= paths.keys()
     if not torch.cuda.is_available():
         assert paths["ops.label_logits"] == ("torch", "no CUDA device for its kernel")
-        assert not any(row["usable"] for row in report["attention"])
+        attention = {row["name"]: (row["usable"], row["why"]) for row in report["attention"]}
+        assert attention["sdpa"] == (True, "taken on cpu")
+        assert attention["flex"] == (True, "when named")
+        assert attention["varlen"] == (False, "runs on CUDA devices only, not on cpu")
     shown = capsys.readouterr().out
     assert all(title in shown for title in ("Versions", "Devices", "Ops", "Extras", "attention"))
 
@@ -330,6 +334,22 @@ def test_doctor_on_cuda(monkeypatch, missing):
     expected = "error" if missing else "triton"
     assert rows["ops.calibrate"]["path"] == expected
     assert ", ".join(missing) in rows["ops.calibrate"]["why"]
+
+
+def test_doctor_says_which_attention_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ages = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ages[device.index])
+    monkeypatch.setattr(_packed_attention, "_found", lambda m: m not in ("flash_attn", "xformers"))
+    rows = {row["name"]: row for row in doctor._attention()}
+    assert rows["varlen"]["why"] == "taken on cuda:0 (bfloat16)"
+    assert rows["sdpa"]["why"] == "taken on cuda:0 (float32), cuda:1 (bfloat16, float32), cpu"
+    assert rows["flex"] == {"name": "flex", "installed": True, "usable": True, "why": "when named"}
+    for name in ("flash-attn", "xformers"):
+        assert not rows[name]["usable"] and not rows[name]["installed"]
+        assert rows[name]["why"] == f'not installed: pip install "fastalign[{name}]"'
+    monkeypatch.setattr(_packed_attention, "_found", lambda m: True)
+    assert {row["name"] for row in doctor._attention() if row["usable"]} == set(rows)
 
 
 def test_doctor_follows_extras_of_extras(monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastalign
-from fastalign.models import VLM
+from fastalign.models import VLM, gaussian_blur, patch_mask
+from fastalign.testing.families import family, family_batch, samples_for
 from fastalign.testing.models import IMAGE, TOKENS, llava_batch, tiny_llava
 
 MIXED = ["ttityyy", "tyyy", "yityiyy", "tttiyyyyty"]
@@ -74,15 +75,9 @@ def test_dropping_the_image_equals_masking_it_in_float64():
     batch = llava_batch(MIXED, dtype=torch.float64)
     vlm = VLM(model)
     rows, cols, _ = vlm.label_rows(batch)
-    # Compare in float64 what `contrast` rounds to float32 at its end.
-    out = vlm.forward(batch)
-    masked = vlm._masked(batch, out)
-    text = vlm.text_mask(batch)
-    dropped = vlm._dropped(out, text, torch.arange(len(text)))
-    place = text.cumsum(1) - 1
     after_image = vlm.vision_mask(batch)[rows, cols]
     assert after_image.any() and not after_image.all()
-    difference = (masked[rows, cols] - dropped[rows, place[rows, cols]]).abs().amax(-1)
+    difference = (vlm.contrast(batch, "mask") - vlm.contrast(batch, "drop")).abs()
     assert difference[~after_image].max() <= 1e-12
     assert difference[after_image].min() > 1e-3  # the released code's leak through the residual
 
@@ -161,7 +156,8 @@ def test_tied_embeddings_and_other_dtypes():
     for dtype in (torch.bfloat16, torch.float64):
         vlm = VLM(tiny_llava(tied=True, dtype=dtype))
         delta = vlm.contrast(llava_batch(MIXED, dtype=dtype))
-        assert delta.dtype == torch.float32 and delta.isfinite().all()
+        wide = torch.promote_types(dtype, torch.float32)
+        assert delta.dtype == wide and delta.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -199,3 +195,52 @@ def test_a_text_model_is_refused():
     )
     with pytest.raises(TypeError, match="text-only"):
         VLM(LlamaForCausalLM(config))
+
+
+@pytest.mark.parametrize(
+    ("mode", "change"),
+    [
+        ("blur", lambda pixels: gaussian_blur(pixels, 1.0)),
+        ("patch-mask", lambda pixels: patch_mask(pixels, 1.0)),  # every cell, so no chance
+    ],
+)
+def test_corrupted_images_are_a_second_forward_of_the_whole_model(mode, change):
+    model = family("llava")
+    batch = family_batch("llava", model, samples_for("llava"))
+    vlm = VLM(model)
+    delta = vlm.contrast(batch, mode, ratio=1.0, sigma=1.0)
+    rows, cols, labels = vlm.label_rows(batch)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        with_image = model(**inputs).logits
+        inputs["pixel_values"] = change(batch["pixel_values"])
+        without = model(**inputs).logits
+    after = (vlm.vision_mask(batch).cumsum(1) > 0)[rows, cols]
+    expected = (with_image - without)[rows, cols, labels]
+    torch.testing.assert_close(delta[after], expected[after], atol=1e-3, rtol=1e-4)
+    assert after.any() and delta[after].abs().max() > 1
+    assert torch.equal(delta[~after], torch.zeros(int((~after).sum())))
+
+
+def test_an_unknown_order_of_patches_is_refused():
+    vlm, batch = VLM(tiny_llava()), llava_batch(["tiyy"])
+    batch["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+    with pytest.raises(ValueError, match="which order llava lays out"):
+        vlm.contrast(batch, "blur")
+
+
+def test_logits_are_those_of_the_model_where_a_softcap_is_not_applied():
+    """Gemma 3 with images leaves its text model's softcap out; PaliGemma applies it."""
+    for name, cap in (("gemma3", 3.0), ("paligemma2", None)):
+        model = family(name)
+        if cap is not None:
+            model.config.text_config.final_logit_softcapping = cap
+        batch = family_batch(name, model, samples_for(name))
+        vlm = VLM(model)
+        rows, cols, labels = vlm.label_rows(batch)
+        with torch.no_grad():
+            hidden = vlm.forward(batch, labels_only=True).hidden[rows, cols]
+            inputs = {k: v for k, v in batch.items() if k != "labels"}
+            logits = model(**inputs).logits[rows, cols, labels]
+        torch.testing.assert_close(vlm.label_logits(hidden, labels), logits, atol=1e-4, rtol=1e-4)
+        assert vlm.softcap == (None if name == "gemma3" else 30.0)

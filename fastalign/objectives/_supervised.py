@@ -1,5 +1,7 @@
 """Supervised fine-tuning and contrastive alignment."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ def sft(vlm: VLM, batch: Batch, *, totals: Totals | None = None) -> Terms:
     Returns:
         "loss", "ce" (the same without gradient) and "accuracy" of the arg max.
     """
-    result, _ = label_loss(vlm, batch, vlm.forward(batch), None)
+    result, _ = label_loss(vlm, batch, vlm.forward(batch, labels_only=True), None)
     loss = share(result.loss, "tokens", len(result.per_token), totals)
     return {"loss": loss, **report(result, totals)}
 
@@ -35,6 +37,10 @@ def cal(
     clamp: tuple[float, float] = (1.0, 5.0),
     window: int = 3,
     mode: str = "drop",
+    ratio: float = 0.7,
+    sigma: float = 10.0,
+    packed: bool = True,
+    backend: str = "auto",
     normalize: str = "mean",
     compat: str = "paper",
     totals: Totals | None = None,
@@ -48,7 +54,9 @@ def cal(
         batch: See `VLM`, with `labels`.
         clamp: Bounds of delta, (alpha, beta).
         window: Odd width of the average over neighbouring labels of one sample.
-        mode: See `VLM.contrast`.
+        mode, packed, backend: See `VLM.contrast`.
+        ratio: Share of the image's cells that mode="patch-mask" blanks.
+        sigma: Of mode="blur", in pixels.
         normalize: What the weighted sum is divided by. "mean": the sum of weights over the whole
             step. "tokens": weights scaled to mean 1 in the micro-batch, over the labels of the
             step. "sample": each sample's own sum (paper), mean over samples. "official": the
@@ -66,13 +74,18 @@ def cal(
     """
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {NORMALIZE}: got {normalize!r}")
-    out = vlm.forward(batch)
     rows, _, _ = vlm.label_rows(batch)
     if compat == "official":
+        out = vlm.forward(batch)
         delta, weights = _official_weights(vlm, batch, out, clamp, window)
     else:
-        noisy = vlm.model.training and _has_dropout(vlm.model)
-        delta = vlm.contrast(batch, mode) if noisy else vlm.contrast_from(batch, out, mode)
+        options: dict[str, Any] = {"mode": mode, "packed": packed, "backend": backend}
+        options |= {"ratio": ratio, "sigma": sigma}
+        if vlm.model.training and _has_dropout(vlm.model):
+            delta = vlm.contrast(batch, **options)
+            out = vlm.forward(batch, labels_only=True)
+        else:
+            out, delta = vlm.forward_with_contrast(batch, **options)
         # One run of labels per sample: rows ascend, so equal neighbours share a sample.
         starts = torch.searchsorted(
             rows, torch.arange(len(batch["input_ids"]) + 1, device=rows.device)

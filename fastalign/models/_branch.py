@@ -1,0 +1,421 @@
+"""The image-free forward of CAL: the text tokens alone, through the same decoder.
+
+It starts from what the model handed to its decoder in the forward with the image, so that it needs
+no code of its own for a family: embeddings, positions and masks are those of the kept tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastalign.models._packed import Segments, packed
+from fastalign.models._rows import only_rows, take_rows
+
+# What a decoder may be handed and the branch replaces; flags are left out, other tensors refused.
+_REPLACED = {"inputs_embeds", "input_ids", "position_ids", "attention_mask", "past_key_values"}
+# How images enter a decoder beside its embeddings: without an image, not at all.
+_IMAGE_INPUTS = {
+    "visual_pos_masks",
+    "deepstack_visual_embeds",
+    "cross_attention_states",
+    "cross_attention_mask",
+    "full_text_row_masked_out_mask",
+}
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states of a layer's or decoder's output: itself, or what it begins with."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradient, and every module's own mode restored afterwards."""
+    training = [m for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The labels of a batch, which of them an image-free forward predicts, and what it reads.
+
+    Attributes:
+        labels: Tokens to predict, (m,).
+        rows: Place in the flattened batch of the row that predicts each, (m,).
+        after_image: Labels after the first image of their sample, (m,) bool.
+        active: Labels after the first image of their sample and with text before them, (m,) bool;
+            the contrast of the others is 0.
+        keep: Text tokens of the samples that have an active label, up to the predictor of the last
+            one, (b, L) bool: no later token, and no sample without an image, changes an active
+            label's logit.
+        predictors: Place of each active label's predictor in the flattened batch, (active,): the
+            last kept token at or before the column that predicts it with the image.
+    """
+
+    labels: Tensor
+    rows: Tensor
+    after_image: Tensor
+    active: Tensor
+    keep: Tensor
+    predictors: Tensor
+
+
+def make_plan(image: Tensor, text: Tensor, rows: Tensor, cols: Tensor, labels: Tensor) -> Plan:
+    """The tokens and labels of the image-free forward.
+
+    Args:
+        image: Image tokens, (b, L) bool.
+        text: Attended tokens that are no image, (b, L) bool.
+        rows: Sample of each label, (m,).
+        cols: Column that predicts it, (m,).
+        labels: The labels, (m,).
+    """
+    b, length = image.shape
+    column = torch.arange(length, device=image.device)
+    last_text = torch.where(text, column, -1).cummax(1).values
+    after_image, before = (image.cumsum(1) > 0)[rows, cols], last_text[rows, cols]
+    active = after_image & (before >= 0)
+    samples, at = rows[active], before[active]
+    end = torch.full((b,), -1, device=image.device).scatter_reduce(0, samples, at, "amax")
+    keep = text & (column <= end[:, None])
+    places = rows * length + cols
+    return Plan(labels, places, after_image, active, keep, samples * length + at)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The kept tokens as a decoder takes them.
+
+    Attributes:
+        inputs: Keyword arguments of the decoder.
+        predictors: Places of the predictors in the flattened input, (active,).
+        shape: Of the tokens, (1, T) packed, else (samples, longest).
+        segments: Of a packed row; None of padded ones.
+        backend: Of its attention.
+    """
+
+    inputs: dict[str, Any]
+    predictors: Tensor
+    shape: tuple[int, int]
+    segments: Segments | None = None
+    backend: str = "auto"
+
+    def attention(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """The context in which a decoder or a layer attends within the segments only."""
+        if self.segments is None:
+            return nullcontext()
+        return packed(module, self.segments, self.backend)
+
+
+class Branch:
+    """Builds and runs the image-free forward of one decoder.
+
+    Args:
+        decoder: The language model that a vision-language model calls.
+        layers: Its layers.
+        config: Its configuration.
+        name: Of the model, for messages.
+    """
+
+    def __init__(self, decoder: nn.Module, layers: nn.ModuleList, config: Any, name: str) -> None:
+        self.decoder, self.layers, self.name = decoder, layers, name
+        self.kinds = set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS
+        self.sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        self.window: int | None = getattr(config, "sliding_window", None)
+
+    def check(self, packed: bool) -> None:
+        """Raise ValueError where dropping tokens does not mean hiding them."""
+        if "chunked_attention" in self.kinds:
+            raise ValueError(
+                f"contrast does not support chunked attention ({self.name}): which tokens share a "
+                'a chunk depends on the places of the dropped ones; use mode="blur" or "patch-mask"'
+            )
+        if self.kinds and packed:
+            raise ValueError(
+                f"contrast cannot pack samples for {self.name}, whose decoder has recurrent or "
+                f"convolutional layers ({', '.join(sorted(self.kinds))}): their state would run "
+                "from one sample into the next, and dropping a token differs from masking it; "
+                "packed=False drops the image tokens in padded rows"
+            )
+
+    def layout(self, captured: dict[str, Any], plan: Plan, packed: bool, backend: str) -> Layout:
+        """The kept tokens as arguments of the decoder.
+
+        Args:
+            captured: Keyword arguments that the model handed to its decoder, (b, L) tokens.
+            plan: What to keep; at least one token.
+            packed: One row of all samples, where the model hands its decoder no masks of its own;
+                else right-padded rows.
+            backend: Attention of the packed row.
+        """
+        self.check(packed)
+        mask = captured.get("attention_mask")
+        own_masks = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() == 4)
+        known = mask is None or own_masks or (isinstance(mask, Tensor) and mask.dim() == 2)
+        tensors = {k for k, v in captured.items() if _holds_tensors(v)}
+        unknown = tensors - _REPLACED - _IMAGE_INPUTS
+        if unknown or not known:
+            what = sorted(unknown) or f"an attention mask of type {type(mask).__name__}"
+            raise ValueError(
+                f"contrast cannot cut what {self.name} hands its decoder ({what}): "
+                'use the sdpa or eager attention, or mode="blur" or "patch-mask"'
+            )
+        embeds, positions = self.tokens(captured)
+        if packed and not own_masks:
+            return _packed_layout(embeds, positions, plan, backend)
+        if self.window is not None and not own_masks and plan.keep.shape[1] > self.window:
+            raise ValueError(
+                f"packed must be True for {self.name} and sequences longer than its sliding "
+                f"window of {self.window}: got {plan.keep.shape[1]} tokens"
+            )
+        return _padded_layout(embeds, positions, mask if own_masks else None, plan)
+
+    def tokens(self, captured: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Embeddings (b, L, d) and positions (..., b, L): those handed over, else 0, 1, 2, ..."""
+        embeds = captured.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.decoder.get_input_embeddings()(captured["input_ids"])  # type: ignore
+        embeds = embeds.detach()
+        positions = captured.get("position_ids")
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+            mask = captured.get("attention_mask")
+            if mask is not None and hasattr(self.decoder, "embed_positions"):  # OPT counts tokens
+                positions = (mask.cumsum(1) - 1).clamp_min(0)
+        return embeds, positions.expand(*positions.shape[:-2], *embeds.shape[:2])
+
+    def run(self, layout: Layout) -> Tensor:
+        """Hidden states of the predictors, (active, d), in a forward of its own."""
+        last = self.layers[-1]
+        with (
+            evaluating(self.decoder),
+            layout.attention(self.decoder),
+            only_rows(last, layout.predictors, layout.shape),
+        ):
+            out = self.decoder(**layout.inputs)
+        return take_rows(out[0], layout.predictors)
+
+    def masked(self, captured: dict[str, Any], image: Tensor, text: Tensor) -> Tensor:
+        """Hidden states (b, L, d) with the image tokens in place and hidden as keys."""
+        embeds, positions = self.tokens(captured)
+        mask: Any = captured.get("attention_mask")
+        if isinstance(mask, dict):
+            mask = {k: _without_columns(m, image) for k, m in mask.items()}
+        elif isinstance(mask, Tensor) and mask.dim() == 4:
+            mask = _without_columns(mask, image)
+        elif mask is None or isinstance(mask, Tensor):
+            mask = text.to(torch.long)
+        else:
+            raise ValueError(
+                f'mode "mask" cannot change the mask of {self.name}, a {type(mask).__name__}: '
+                'use the sdpa or eager attention, or mode="drop"'
+            )
+        with evaluating(self.decoder):
+            out = self.decoder(
+                inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
+            )
+        hidden: Tensor = out[0]
+        return hidden
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(v, Tensor) for v in value)
+    return isinstance(value, Tensor)
+
+
+def _packed_layout(embeds: Tensor, positions: Tensor, plan: Plan, backend: str) -> Layout:
+    """All kept tokens in one row, sample after sample."""
+    segments = Segments.from_mask(plan.keep)
+    chosen = segments.rows * plan.keep.shape[1] + segments.positions
+    inputs = {
+        "inputs_embeds": take_rows(embeds, chosen)[None],
+        "position_ids": positions.flatten(-2).index_select(-1, chosen).unsqueeze(-2),
+        "attention_mask": None,
+        "use_cache": False,
+    }
+    place = plan.keep.flatten().cumsum(0) - 1
+    return Layout(inputs, place[plan.predictors], (1, len(chosen)), segments, backend)
+
+
+def _padded_layout(embeds: Tensor, positions: Tensor, mask: Any, plan: Plan) -> Layout:
+    """The kept tokens of each sample in a row of its own, right-padded."""
+    length = plan.keep.shape[1]
+    samples = plan.keep.any(1).nonzero()[:, 0]
+    keep = plan.keep[samples]
+    longest = int(keep.sum(1).max())
+    # A stable sort brings the kept tokens of each sample to the front, in their order.
+    order = torch.sort((~keep).to(torch.uint8), dim=1, stable=True).indices[:, :longest]
+    valid = keep.gather(1, order)
+    inputs = {
+        "inputs_embeds": embeds[samples[:, None], order],
+        "position_ids": positions[..., samples[:, None], order],
+        # A 2-D mask keeps transformers from reading gaps in the positions as packing.
+        "attention_mask": valid.to(torch.long),
+        "use_cache": False,
+    }
+    if mask is not None:
+        cut = partial(_cut_mask, samples=samples, order=order, valid=valid)
+        masks = {k: cut(m) for k, m in mask.items()} if isinstance(mask, dict) else cut(mask)
+        inputs["attention_mask"] = masks
+    row, column = plan.predictors // length, plan.predictors % length
+    place = keep.cumsum(1) - 1
+    index = torch.searchsorted(samples, row)
+    at = index * longest + place[index, column]
+    return Layout(inputs, at, (len(samples), longest))
+
+
+def _cut_mask(mask: Tensor | None, samples: Tensor, order: Tensor, valid: Tensor) -> Tensor:
+    """Rows and columns of the kept tokens of a (b or 1, 1, L, L) mask, (samples, 1, T, T).
+
+    None is the causal mask. Padding sees itself, so that no row is without a key.
+    """
+    longest = order.shape[1]
+    own = torch.eye(longest, dtype=torch.bool, device=order.device)
+    inside = valid[:, None, :] | own
+    if mask is None:
+        causal = torch.ones_like(own).tril()
+        return (causal & inside)[:, None]
+    of = samples if len(mask) > 1 else torch.zeros_like(samples)
+    taken = mask[of[:, None, None], 0, order[:, :, None], order[:, None, :]]
+    if taken.dtype == torch.bool:
+        return ((taken | own) & inside)[:, None]
+    taken = taken.masked_fill(own & ~valid[:, None, :], 0.0)
+    return taken.masked_fill(~inside, torch.finfo(taken.dtype).min)[:, None]
+
+
+def _without_columns(mask: Tensor | None, image: Tensor) -> Tensor:
+    """A (b or 1, 1, L, L) mask in which no token but itself sees an image token."""
+    length = image.shape[1]
+    own = torch.eye(length, dtype=torch.bool, device=image.device)
+    hidden = image[:, None, None, :] & ~own
+    if mask is None:
+        return torch.ones_like(own).tril() & ~hidden
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.expand(len(image), -1, -1, -1).masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+@dataclass
+class SideStream:
+    """The image-free forward pushed through each layer right after the forward with the image.
+
+    Where an engine gathers the weights of a layer for its forward (FSDP, ZeRO-3), they are gathered
+    once for both, and a rank without an image needs no dummy pass: the stream itself gathers
+    nothing. The result is that of `Branch.run`.
+    """
+
+    branch: Branch
+    layout: Layout
+    _hidden: Tensor = field(init=False)
+    _calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(init=False)
+    _handles: list[RemovableHandle] = field(init=False)
+    _tuples: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        """Learn what the decoder hands to each layer, and follow its layers."""
+        self._calls = {}
+        layers = self.branch.layers
+        self._without_layers(self._record)
+        self._hidden = self._calls[min(self._calls)][0][0]
+        # Before an engine's own hooks, which give the gathered weights back.
+        self._handles = [
+            layers[i].register_forward_hook(partial(self._follow, i), prepend=True)
+            for i in self._calls
+        ]
+
+    def _without_layers(self, call: Any) -> Any:
+        """The decoder's forward with `call` in the place of each layer."""
+        decoder = self.branch.decoder
+        with (
+            evaluating(decoder),
+            self.layout.attention(decoder),
+            _standing_in(self.branch.layers, call),
+        ):
+            # `forward`, not a call: the hooks of an engine belong to the forward with the image.
+            return decoder.forward(**self.layout.inputs)
+
+    def _record(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args:
+            args, kwargs = (kwargs["hidden_states"],), {**kwargs}
+            del kwargs["hidden_states"]
+        self._calls[i] = args, kwargs
+        return args[0]
+
+    def _follow(self, i: int, layer: nn.Module, args: Any, output: Any) -> None:
+        if i not in self._calls:  # a recomputation of an activation checkpoint
+            return
+        (_, *others), kwargs = self._calls.pop(i)
+        dtype = first_tensor(output).dtype
+        arguments = torch.utils._pytree.tree_map_only(
+            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (others, kwargs)
+        )
+        last = layer is self.branch.layers[-1]
+        rows = only_rows(layer, self.layout.predictors, self.layout.shape)
+        attention = self.layout.attention(layer)
+        with evaluating(layer), attention, rows if last else nullcontext():
+            out = layer.forward(self._hidden.to(dtype), *arguments[0], **arguments[1])
+        self._hidden, self._tuples = first_tensor(out), isinstance(output, tuple)
+
+    def close(self) -> None:
+        """Follow the layers no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def finish(self) -> Tensor:
+        """Hidden states of the predictors after the decoder's final norm, (active, d)."""
+        output = (self._hidden,) if self._tuples else self._hidden
+        out = self._without_layers(lambda i, args, kwargs: output)
+        return take_rows(first_tensor(out), self.layout.predictors)
+
+
+class _StandIn(nn.Module):
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(args, kwargs)
+
+
+@contextmanager
+def _standing_in(layers: nn.ModuleList, call: Any) -> Iterator[None]:
+    """Let `call(i, args, kwargs)` answer for layer i."""
+    own = list(layers)
+    try:
+        for i, layer in enumerate(own):
+            stand_in = _StandIn(lambda args, kwargs, i=i: call(i, args, kwargs))
+            # What decoders read from a layer beside calling it.
+            for name in ("attention_type", "layer_type", "layer_idx"):
+                if hasattr(layer, name):
+                    setattr(stand_in, name, getattr(layer, name))
+            layers[i] = stand_in
+        yield
+    finally:
+        for i, layer in enumerate(own):
+            layers[i] = layer
+
+
+def is_sharded(layers: nn.ModuleList) -> bool:
+    """Whether an engine gathers the weights of each layer for its forward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(
+        isinstance(m, FSDPModule) or any(hasattr(p, "ds_id") for p in m.parameters(recurse=False))
+        for m in layers.modules()
+    )

@@ -1,0 +1,479 @@
+"""One view of every image-text-to-text model of transformers.
+
+Only public accessors and temporary hooks are used: no model class is patched, no forward is copied.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalign import ops
+from fastalign.models._branch import (
+    Branch,
+    Plan,
+    SideStream,
+    evaluating,
+    first_tensor,
+    is_sharded,
+    make_plan,
+)
+from fastalign.models._corrupt import corrupt
+from fastalign.models._rows import last_row, only_rows, take_rows
+from fastalign.ops._check import check_one_of
+
+Batch = Mapping[str, Any]
+
+IGNORE_INDEX = -100
+CONTRAST_MODES = ("drop", "mask", "patch-mask", "blur")
+# Under these names a configuration holds the ids of the tokens that stand for images and videos.
+_IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+_PATCH_ORDER_OF_QWEN2_VL = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one pass through a model left behind.
+
+    Attributes:
+        hidden: Output of the decoder after its final norm, (b, L, d).
+        layers: Outputs of the decoder layers that were asked for, {k: (b, L, d)}, k from 1.
+        decoder_inputs: The keyword arguments that the model handed to its decoder.
+    """
+
+    hidden: Tensor
+    layers: dict[int, Tensor]
+    decoder_inputs: dict[str, Any]
+
+
+def layer_stack(module: nn.Module) -> nn.ModuleList:
+    """The layers of a decoder or an encoder: its longest `nn.ModuleList`."""
+    stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    if not stacks:
+        raise TypeError(f"{type(module).__name__} holds no nn.ModuleList of layers")
+    return max(stacks, key=len)
+
+
+class VLM:
+    """A vision-language model seen through its decoder, its vision tower and its image tokens.
+
+    The model is not modified. A batch is what its processor makes: `input_ids` and `attention_mask`
+    (b, L), `pixel_values` (absent when no sample has an image) and, for training, `labels` (b, L)
+    with -100 where no token is to be predicted.
+
+    Args:
+        model: Any image-text-to-text model of transformers (`LlavaForConditionalGeneration`, ...).
+
+    Raises:
+        TypeError: The model offers no decoder, vision tower, output embedding or image token.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        for accessor in ("get_decoder", "get_encoder", "get_output_embeddings", "config"):
+            if not hasattr(model, accessor):
+                raise TypeError(
+                    f"model must be an image-text-to-text model of transformers >= 5.17: "
+                    f"{type(model).__name__} has no {accessor}"
+                )
+        model_any: Any = model
+        self.model = model_any
+        self.config = model_any.config
+        self.decoder: Any = _decoder(model_any)
+        self.vision_tower: Any = model_any.get_encoder(modality="image")
+        if self.vision_tower is model or self.vision_tower is None:
+            raise TypeError(f"model must have a vision tower: {type(model).__name__} is text-only")
+        self.head: Any = model_any.get_output_embeddings()
+        if not isinstance(self.head, nn.Linear):
+            raise TypeError(
+                "the output embedding must be a plain nn.Linear: got "
+                f"{type(self.head).__name__}; merge or remove adapters on the head first"
+            )
+        ids = (getattr(self.config, name, None) for name in _IMAGE_TOKENS)
+        found = tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and i >= 0))
+        if not found:
+            raise TypeError(f"{type(self.config).__name__} has no image_token_id")
+        self.image_token_id: int = found[0]
+        self._image_tokens = found
+        text = self.config.get_text_config()
+        self.layers = layer_stack(self.decoder)
+        self.num_layers = len(self.layers)
+        self.hidden_size: int = text.hidden_size
+        named = inspect.signature(model.forward).parameters
+        self._inputs = frozenset(named) - {"labels", "logits_to_keep", "use_cache"}
+        # How logits follow from the head's output: learned in the first pass, by comparison.
+        self.logit_scale: float = 1.0
+        self.softcap: float | None = None
+        self._learned = False
+        self._branch = Branch(self.decoder, self.layers, text, type(model).__name__)
+
+    # Where the modalities are
+
+    def vision_mask(self, batch: Batch) -> Tensor:
+        """True at image tokens, (b, L)."""
+        ids: Tensor = batch["input_ids"]
+        if len(self._image_tokens) == 1:
+            return ids == self.image_token_id
+        return torch.isin(ids, torch.tensor(self._image_tokens, device=ids.device))
+
+    def text_mask(self, batch: Batch) -> Tensor:
+        """True at text tokens that are no padding, (b, L)."""
+        return self._attended(batch) & ~self.vision_mask(batch)
+
+    @staticmethod
+    def _attended(batch: Batch) -> Tensor:
+        mask = batch.get("attention_mask")
+        if mask is None:
+            return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        attended: Tensor = mask.bool()
+        return attended
+
+    def patch_grid(self, batch: Batch) -> tuple[int, int]:
+        """Rows and columns of the image tokens of each image of the batch.
+
+        Raises:
+            ValueError: The batch has no image, or its image tokens are not one per patch.
+        """
+        pixels = batch.get("pixel_values")
+        if pixels is None:
+            raise ValueError("batch has no pixel_values: a patch grid needs images")
+        side = self.config.vision_config.patch_size
+        height, width = pixels.shape[-2] // side, pixels.shape[-1] // side
+        tokens = int(self.vision_mask(batch).sum())
+        if tokens != len(pixels) * height * width:
+            raise ValueError(
+                f"image tokens must be one per patch: got {tokens} for {len(pixels)} images of "
+                f"{height} x {width} patches"
+            )
+        return height, width
+
+    def image_patches(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Hidden states of the image tokens, image by image, (images, h * w, d)."""
+        height, width = self.patch_grid(batch)
+        return hidden[self.vision_mask(batch)].view(-1, height * width, hidden.shape[-1])
+
+    def label_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Where labels are predicted: sample (m,), predicting column (m,), label (m,).
+
+        Row-major; a label in column 0 has no predictor and never counts.
+
+        Raises:
+            ValueError: The batch has no labels, or a label is an image token.
+        """
+        if batch.get("labels") is None:
+            raise ValueError("batch must hold labels, (b, L) with -100 where none: got none")
+        labels: Tensor = batch["labels"]
+        if labels.shape != batch["input_ids"].shape:
+            raise ValueError(
+                "labels must have the shape of input_ids: got "
+                f"{tuple(labels.shape)} and {tuple(batch['input_ids'].shape)}"
+            )
+        rows, cols = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        picked = labels[rows, cols + 1]
+        for token in self._image_tokens:
+            if (picked == token).any():
+                raise ValueError(
+                    f"labels must not hold the image token {token}: "
+                    f"set the labels of image tokens to {IGNORE_INDEX}"
+                )
+        return rows, cols, picked
+
+    # Passes
+
+    def forward(
+        self, batch: Batch, layers: Sequence[int] = (), *, labels_only: bool = False
+    ) -> Forward:
+        """Run the model without its logits and keep the outputs of some decoder layers.
+
+        Args:
+            batch: See the class; `labels` are not passed on.
+            layers: Which layers to keep, 1 to `num_layers`; the last is taken after the final norm.
+            labels_only: Only the rows of the last layer that predict a label are needed: the other
+                rows of `hidden` then mean nothing, and cost no queries and no MLP there. Values and
+                gradients of those rows are the same. Without effect when `layers` holds the last.
+
+        Raises:
+            ValueError: A layer does not exist, or an input is missing that the model would do
+                without in silence.
+        """
+        rows = None
+        if labels_only and self.num_layers not in layers:
+            samples, cols, _ = self.label_rows(batch)
+            rows = samples * batch["input_ids"].shape[1] + cols
+        return self._forward(batch, layers, rows, lambda captured: None)
+
+    def _forward(
+        self,
+        batch: Batch,
+        layers: Sequence[int],
+        rows: Tensor | None,
+        on_decoder: Callable[[dict[str, Any]], None],
+    ) -> Forward:
+        """`forward` with the rows wanted of the last layer.
+
+        `on_decoder` sees what the decoder is handed, before its layers run.
+        """
+        for k in layers:
+            if not 1 <= k <= self.num_layers:
+                raise ValueError(f"layers must lie in 1..{self.num_layers}: got {k}")
+        self._check_inputs(batch)
+        kept: dict[int, Tensor] = {}
+        seen: dict[str, Any] = {}
+
+        def keep(k: int) -> Any:
+            return lambda module, args, output: kept.update({k: first_tensor(output)})
+
+        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            seen.update(kwargs)
+            on_decoder(seen)
+
+        handles = [
+            self.layers[k - 1].register_forward_hook(keep(k)) for k in layers if k < self.num_layers
+        ]
+        handles.append(self.decoder.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(self.decoder.register_forward_hook(keep(self.num_layers)))
+        inputs = {k: v for k, v in batch.items() if k in self._inputs}
+        pruned: Any = nullcontext()
+        if rows is not None:
+            pruned = only_rows(self.layers[-1], rows, tuple(batch["input_ids"].shape))
+        try:
+            with pruned, last_row(self.head) as raw:
+                output = self.model(**inputs, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not self._learned:
+            self._learn_logits(raw[0], output["logits"])
+        return Forward(kept[self.num_layers], {k: kept[k] for k in layers}, seen)
+
+    @torch.no_grad()
+    def _learn_logits(self, raw: Tensor, logits: Tensor) -> None:
+        """Which scale and softcap, if any, this class of model applies to the head's output.
+
+        The text configuration names them, but not every class that holds such a text model applies
+        them: Gemma 3 with images leaves the softcap out, PaliGemma does not.
+        """
+        text = self.config.get_text_config()
+        scale = getattr(text, "logit_scale", None) or 1.0  # Cohere
+        scale = scale / (getattr(text, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(text, "final_logit_softcapping", None)
+        raw, logits = raw.double(), logits.double()
+        if not logits.isfinite().all():
+            return  # for whoever looks at the loss; learn from the next batch
+        found = []
+        for factor, bound in dict.fromkeys([(1.0, None), (scale, None), (scale, cap)]):
+            ours = raw * factor if bound is None else bound * (raw * factor / bound).tanh()
+            found.append((float((ours - logits).abs().max()), factor, bound))
+        error, self.logit_scale, self.softcap = min(found, key=lambda one: one[0])
+        if error > 0.02 * float(logits.abs().max()):
+            raise ValueError(
+                f"{type(self.model).__name__} makes its logits from its head in a way that is "
+                "not known (neither logit_scale, logits_scaling nor final_logit_softcapping)"
+            )
+        self._learned = True
+
+    def _check_inputs(self, batch: Batch) -> None:
+        """Raise where transformers would take one-dimensional positions in silence."""
+        needed = "mm_token_type_ids"
+        missing = needed in self._inputs and not {needed, "position_ids"} & set(batch)
+        if missing and bool(self.vision_mask(batch).any()):
+            raise ValueError(
+                f"batch must hold {needed} for {type(self.model).__name__}, whose positions "
+                "depend on it: its processor gives it with return_mm_token_type_ids=True"
+            )
+
+    def hidden_states(self, batch: Batch, layers: Sequence[int] | None = None) -> list[Tensor]:
+        """Outputs of decoder layers, each (b, L, d); all of 1..`num_layers` unless chosen.
+
+        They equal `hidden_states[1:]` of transformers: the last is after the final norm, and the
+        embedding is no layer.
+        """
+        chosen = tuple(range(1, self.num_layers + 1) if layers is None else layers)
+        out = self.forward(batch, chosen)
+        return [out.layers[k] for k in chosen]
+
+    def label_logits(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Logit of one token per row, (m, d), (m,) -> (m,) float32 (float64 of float64)."""
+        weight: Tensor = self.head.weight
+        logits = ops.label_logits(hidden.to(weight.dtype), weight, labels, self.head.bias)
+        logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    # Contrast
+
+    @torch.no_grad()
+    def contrast(
+        self,
+        batch: Batch,
+        mode: str = "drop",
+        *,
+        packed: bool = True,
+        backend: str = "auto",
+        interleave: bool | None = None,
+        ratio: float = 0.7,
+        sigma: float = 10.0,
+    ) -> Tensor:
+        r"""How much the image raises each label's logit (CAL, NeurIPS 2024, Algorithm 1).
+
+        $\delta_j = \mathrm{logit}(t_j \mid image, t_{<j}) - \mathrm{logit}(t_j \mid t_{<j})$, raw
+        logits, in evaluation mode. Exactly 0 for samples without an image and for labels before the
+        first image; with "drop" also for labels with no text before them.
+
+        Args:
+            batch: With `labels`; see the class.
+            mode: "drop" removes the image tokens and keeps the position of every other token;
+                "mask" leaves them in place, hidden as keys, as the released code does: the label
+                right after an image then still sees it through its own residual stream.
+                "patch-mask" and "blur" run the whole model on images without some of their cells,
+                or blurred (the paper's ablation).
+            packed: With "drop": all samples in one row, without padding. Decoders with recurrent or
+                convolutional layers need False.
+            backend: Attention of the packed row, one of `fastalign.models.BACKENDS`.
+            interleave: With "drop": layer by layer with the forward with the image, which gathers
+                sharded weights once. None: where the decoder is sharded.
+            ratio: Share of the image's cells that "patch-mask" blanks.
+            sigma: Of "blur", in pixels.
+
+        Returns:
+            (m,) float32 (float64 of a float64 model), one per label that is not -100, in row-major
+            order of `labels`.
+
+        Raises:
+            ValueError: An option has an unknown value, an input is missing, or the decoder cannot
+                run without its image tokens; the message says why.
+        """
+        with evaluating(self.model):
+            _, delta = self.forward_with_contrast(
+                batch,
+                mode,
+                packed=packed,
+                backend=backend,
+                interleave=interleave,
+                ratio=ratio,
+                sigma=sigma,
+            )
+        return delta
+
+    def forward_with_contrast(
+        self,
+        batch: Batch,
+        mode: str = "drop",
+        *,
+        packed: bool = True,
+        backend: str = "auto",
+        interleave: bool | None = None,
+        ratio: float = 0.7,
+        sigma: float = 10.0,
+    ) -> tuple[Forward, Tensor]:
+        """The forward that training makes, `labels_only`, and the contrast that comes with it.
+
+        The forward has its gradient and the mode of the model; the contrast has no gradient.
+        Arguments and errors are those of `contrast`.
+        """
+        check_one_of("mode", mode, CONTRAST_MODES)
+        if interleave is None:
+            interleave = mode == "drop" and is_sharded(self.layers)
+        plan = self._plan(batch)
+        if mode == "drop" and interleave:
+            return self._interleaved(batch, plan, packed, backend)
+        out = self._forward(batch, (), plan.rows, lambda captured: None)
+        with torch.no_grad():
+            if mode == "drop":
+                return out, self._dropped(out, plan, packed, backend)
+            if mode == "mask":
+                return out, self._masked(batch, out, plan)
+            changed = {**batch, "pixel_values": self._corrupted(batch, mode, ratio, sigma)}
+            with evaluating(self.model):
+                other = self._forward(changed, (), plan.rows, lambda captured: None)
+            return out, self._everywhere(out, other.hidden, plan)
+
+    @torch.no_grad()
+    def contrast_from(self, batch: Batch, out: Forward, mode: str = "drop") -> Tensor:
+        """`contrast` by "drop" or "mask", given the pass with the image."""
+        check_one_of("mode", mode, ("drop", "mask"))
+        plan = self._plan(batch)
+        return (
+            self._dropped(out, plan, True, "auto")
+            if mode == "drop"
+            else self._masked(batch, out, plan)
+        )
+
+    def _interleaved(
+        self, batch: Batch, plan: Plan, packed: bool, backend: str
+    ) -> tuple[Forward, Tensor]:
+        streams: list[SideStream] = []
+
+        def begin(captured: dict[str, Any]) -> None:
+            with torch.no_grad():
+                if len(plan.predictors):
+                    layout = self._branch.layout(captured, plan, packed, backend)
+                    streams.append(SideStream(self._branch, layout))
+
+        try:
+            out = self._forward(batch, (), plan.rows, begin)
+        finally:
+            for stream in streams:
+                stream.close()
+        with torch.no_grad():
+            return out, self._difference(out, plan, [s.finish() for s in streams])
+
+    def _dropped(self, out: Forward, plan: Plan, packed: bool, backend: str) -> Tensor:
+        hidden = []
+        if len(plan.predictors):
+            layout = self._branch.layout(out.decoder_inputs, plan, packed, backend)
+            hidden = [self._branch.run(layout)]
+        return self._difference(out, plan, hidden)
+
+    def _masked(self, batch: Batch, out: Forward, plan: Plan) -> Tensor:
+        image, text = self.vision_mask(batch), self.text_mask(batch)
+        hidden = self._branch.masked(out.decoder_inputs, image, text)
+        return self._everywhere(out, hidden, plan)
+
+    def _corrupted(self, batch: Batch, mode: str, ratio: float, sigma: float) -> Tensor:
+        """The batch's pixels, masked or blurred; flat patches only where their order is known."""
+        kind = self.config.model_type
+        if "image_grid_thw" in batch and kind not in _PATCH_ORDER_OF_QWEN2_VL:
+            raise ValueError(
+                f"mode {mode!r} does not know in which order {kind} lays out the patches of an "
+                'image: use mode="drop" or "mask"'
+            )
+        merge = getattr(self.config.vision_config, "spatial_merge_size", 2)
+        return corrupt(batch, mode, ratio=ratio, sigma=sigma, merge_size=merge)
+
+    def _everywhere(self, out: Forward, hidden: Tensor, plan: Plan) -> Tensor:
+        """Delta of all labels, given the states (b, L, d) of a second forward of all tokens."""
+        with_image = self.label_logits(take_rows(out.hidden, plan.rows), plan.labels)
+        without = self.label_logits(take_rows(hidden, plan.rows), plan.labels)
+        return torch.where(plan.after_image, with_image - without, 0.0)
+
+    def _plan(self, batch: Batch) -> Plan:
+        return make_plan(self.vision_mask(batch), self.text_mask(batch), *self.label_rows(batch))
+
+    def _difference(self, out: Forward, plan: Plan, hidden: list[Tensor]) -> Tensor:
+        """Delta of all labels, given the active predictors' states in the image-free forward."""
+        active, labels = plan.active, plan.labels[plan.active]
+        with_image = self.label_logits(take_rows(out.hidden, plan.rows[active]), labels)
+        delta = with_image.new_zeros(len(active))
+        for states in hidden:  # one, or none where no label is active
+            delta[active] = with_image - self.label_logits(states, labels)
+        return delta
+
+
+def _decoder(model: Any) -> nn.Module:
+    """The layers' module that a vision-language model calls, without an output embedding."""
+    decoder: Any = model.get_decoder()
+    if decoder is model:
+        raise TypeError(f"model must have a decoder of its own: {type(model).__name__} has none")
+    if model.config.get_text_config().is_encoder_decoder:
+        raise TypeError(
+            f"the language model must be decoder-only: {type(model).__name__} holds an "
+            "encoder-decoder, whose encoder reads images and text at once"
+        )
+    while decoder.get_output_embeddings() is not None:  # the Q-Former models hold a whole LM
+        decoder = decoder.get_decoder()
+    found: nn.Module = decoder
+    return found
