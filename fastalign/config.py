@@ -21,7 +21,7 @@ _FREE |= {"progress", "resume"}
 
 @dataclass(frozen=True)
 class CALConfig:
-    """Options of `objectives.cal`, by the same names."""
+    """Options of `objectives.cal` and of `VLM.contrast`, by the same names."""
 
     clamp: tuple[float, float] = (1.0, 5.0)
     window: int = 3

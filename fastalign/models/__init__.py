@@ -1,17 +1,17 @@
 """One view of every image-text-to-text model of transformers: `VLM`."""
 
-from fastalign.models._branch import evaluating as evaluating
-from fastalign.models._branch import first_tensor as first_tensor
+from fastalign.models._contrast import CONTRAST_MODES as CONTRAST_MODES
+from fastalign.models._contrast import Batch as Batch
+from fastalign.models._contrast import Forward as Forward
 from fastalign.models._corrupt import corrupt as corrupt
 from fastalign.models._corrupt import gaussian_blur as gaussian_blur
 from fastalign.models._corrupt import patch_mask as patch_mask
+from fastalign.models._module import evaluating as evaluating
+from fastalign.models._module import first_tensor as first_tensor
+from fastalign.models._module import layer_stack as layer_stack
 from fastalign.models._packed import BACKENDS as BACKENDS
 from fastalign.models._packed import Segments as Segments
 from fastalign.models._packed import packed as packed
 from fastalign.models._packed import packed_attention as packed_attention
-from fastalign.models._vlm import CONTRAST_MODES as CONTRAST_MODES
 from fastalign.models._vlm import IGNORE_INDEX as IGNORE_INDEX
 from fastalign.models._vlm import VLM as VLM
-from fastalign.models._vlm import Batch as Batch
-from fastalign.models._vlm import Forward as Forward
-from fastalign.models._vlm import layer_stack as layer_stack

@@ -4,16 +4,16 @@ It starts from what the model handed to its decoder in the forward with the imag
 no code of its own for a family: embeddings, positions and masks are those of the kept tokens.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from fastalign.models._masks import cut_mask, without_columns
+from fastalign.models._module import evaluating
 from fastalign.models._packed import Segments, packed
 from fastalign.models._rows import only_rows, take_rows
 
@@ -28,26 +28,6 @@ _IMAGE_INPUTS = {
     "full_text_row_masked_out_mask",
 }
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states of a layer's or decoder's output: itself, or what it begins with."""
-    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-    return hidden
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradient, and every module's own mode restored afterwards."""
-    training = [m for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @dataclass(frozen=True)
@@ -142,7 +122,7 @@ class Branch:
         """Raise ValueError where dropping tokens does not mean hiding them."""
         if "chunked_attention" in self.kinds:
             raise ValueError(
-                f"contrast does not support chunked attention ({self.name}): which tokens share a "
+                f"contrast does not support chunked attention ({self.name}): which tokens share "
                 'a chunk depends on the places of the dropped ones; use mode="blur" or "patch-mask"'
             )
         if self.kinds and packed:
@@ -215,9 +195,9 @@ class Branch:
         embeds, positions = self.tokens(captured)
         mask: Any = captured.get("attention_mask")
         if isinstance(mask, dict):
-            mask = {k: _without_columns(m, image) for k, m in mask.items()}
+            mask = {k: without_columns(m, image) for k, m in mask.items()}
         elif isinstance(mask, Tensor) and mask.dim() == 4:
-            mask = _without_columns(mask, image)
+            mask = without_columns(mask, image)
         elif mask is None or isinstance(mask, Tensor):
             mask = text.to(torch.long)
         else:
@@ -270,7 +250,7 @@ def _padded_layout(embeds: Tensor, positions: Tensor, mask: Any, plan: Plan) -> 
         "use_cache": False,
     }
     if mask is not None:
-        cut = partial(_cut_mask, samples=samples, order=order, valid=valid)
+        cut = partial(cut_mask, samples=samples, order=order, valid=valid)
         masks = {k: cut(m) for k, m in mask.items()} if isinstance(mask, dict) else cut(mask)
         inputs["attention_mask"] = masks
     row, column = plan.predictors // length, plan.predictors % length
@@ -278,144 +258,3 @@ def _padded_layout(embeds: Tensor, positions: Tensor, mask: Any, plan: Plan) -> 
     index = torch.searchsorted(samples, row)
     at = index * longest + place[index, column]
     return Layout(inputs, at, (len(samples), longest))
-
-
-def _cut_mask(mask: Tensor | None, samples: Tensor, order: Tensor, valid: Tensor) -> Tensor:
-    """Rows and columns of the kept tokens of a (b or 1, 1, L, L) mask, (samples, 1, T, T).
-
-    None is the causal mask. Padding sees itself, so that no row is without a key.
-    """
-    longest = order.shape[1]
-    own = torch.eye(longest, dtype=torch.bool, device=order.device)
-    inside = valid[:, None, :] | own
-    if mask is None:
-        causal = torch.ones_like(own).tril()
-        return (causal & inside)[:, None]
-    of = samples if len(mask) > 1 else torch.zeros_like(samples)
-    taken = mask[of[:, None, None], 0, order[:, :, None], order[:, None, :]]
-    if taken.dtype == torch.bool:
-        return ((taken | own) & inside)[:, None]
-    taken = taken.masked_fill(own & ~valid[:, None, :], 0.0)
-    return taken.masked_fill(~inside, torch.finfo(taken.dtype).min)[:, None]
-
-
-def _without_columns(mask: Tensor | None, image: Tensor) -> Tensor:
-    """A (b or 1, 1, L, L) mask in which no token but itself sees an image token."""
-    length = image.shape[1]
-    own = torch.eye(length, dtype=torch.bool, device=image.device)
-    hidden = image[:, None, None, :] & ~own
-    if mask is None:
-        return torch.ones_like(own).tril() & ~hidden
-    if mask.dtype == torch.bool:
-        return mask & ~hidden
-    return mask.expand(len(image), -1, -1, -1).masked_fill(hidden, torch.finfo(mask.dtype).min)
-
-
-@dataclass
-class SideStream:
-    """The image-free forward pushed through each layer right after the forward with the image.
-
-    Where an engine gathers the weights of a layer for its forward (FSDP, ZeRO-3), they are gathered
-    once for both, and a rank without an image needs no dummy pass: the stream itself gathers
-    nothing. The result is that of `Branch.run`.
-    """
-
-    branch: Branch
-    layout: Layout
-    _hidden: Tensor = field(init=False)
-    _calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(init=False)
-    _handles: list[RemovableHandle] = field(init=False)
-    _tuples: bool = field(init=False, default=False)
-
-    def __post_init__(self) -> None:
-        """Learn what the decoder hands to each layer, and follow its layers."""
-        self._calls = {}
-        layers = self.branch.layers
-        self._without_layers(self._record)
-        self._hidden = self._calls[min(self._calls)][0][0]
-        # Before an engine's own hooks, which give the gathered weights back.
-        self._handles = [
-            layers[i].register_forward_hook(partial(self._follow, i), prepend=True)
-            for i in self._calls
-        ]
-
-    def _without_layers(self, call: Any) -> Any:
-        """The decoder's forward with `call` in the place of each layer."""
-        decoder = self.branch.decoder
-        with (
-            evaluating(decoder),
-            self.layout.attention(decoder),
-            _standing_in(self.branch.layers, call),
-        ):
-            # `forward`, not a call: the hooks of an engine belong to the forward with the image.
-            return decoder.forward(**self.layout.inputs)
-
-    def _record(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not args:
-            args, kwargs = (kwargs["hidden_states"],), {**kwargs}
-            del kwargs["hidden_states"]
-        self._calls[i] = args, kwargs
-        return args[0]
-
-    def _follow(self, i: int, layer: nn.Module, args: Any, output: Any) -> None:
-        if i not in self._calls:  # a recomputation of an activation checkpoint
-            return
-        (_, *others), kwargs = self._calls.pop(i)
-        dtype = first_tensor(output).dtype
-        arguments = torch.utils._pytree.tree_map_only(
-            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (others, kwargs)
-        )
-        last = layer is self.branch.layers[-1]
-        rows = only_rows(layer, self.layout.predictors, self.layout.shape)
-        attention = self.layout.attention(layer)
-        with evaluating(layer), attention, rows if last else nullcontext():
-            out = layer.forward(self._hidden.to(dtype), *arguments[0], **arguments[1])
-        self._hidden, self._tuples = first_tensor(out), isinstance(output, tuple)
-
-    def close(self) -> None:
-        """Follow the layers no longer."""
-        for handle in self._handles:
-            handle.remove()
-
-    def finish(self) -> Tensor:
-        """Hidden states of the predictors after the decoder's final norm, (active, d)."""
-        output = (self._hidden,) if self._tuples else self._hidden
-        out = self._without_layers(lambda i, args, kwargs: output)
-        return take_rows(first_tensor(out), self.layout.predictors)
-
-
-class _StandIn(nn.Module):
-    def __init__(self, call: Any) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(args, kwargs)
-
-
-@contextmanager
-def _standing_in(layers: nn.ModuleList, call: Any) -> Iterator[None]:
-    """Let `call(i, args, kwargs)` answer for layer i."""
-    own = list(layers)
-    try:
-        for i, layer in enumerate(own):
-            stand_in = _StandIn(lambda args, kwargs, i=i: call(i, args, kwargs))
-            # What decoders read from a layer beside calling it.
-            for name in ("attention_type", "layer_type", "layer_idx"):
-                if hasattr(layer, name):
-                    setattr(stand_in, name, getattr(layer, name))
-            layers[i] = stand_in
-        yield
-    finally:
-        for i, layer in enumerate(own):
-            layers[i] = layer
-
-
-def is_sharded(layers: nn.ModuleList) -> bool:
-    """Whether an engine gathers the weights of each layer for its forward."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(
-        isinstance(m, FSDPModule) or any(hasattr(p, "ds_id") for p in m.parameters(recurse=False))
-        for m in layers.modules()
-    )

@@ -85,25 +85,3 @@ def _hooks(part: nn.Module, rows: Tensor, shape: tuple[int, int]) -> list[Remova
     # Before other hooks, which expect the output that belongs to the whole input.
     put = part.register_forward_hook(put_back, prepend=True)
     return [part.register_forward_pre_hook(choose), put]
-
-
-@contextmanager
-def last_row(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Let the output embedding see the last row of each sample: its logits are not wanted.
-
-    The same for models with and without `logits_to_keep`. Gives the list that holds its output.
-    """
-    outputs: list[Tensor] = []
-
-    def choose(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][:, -1:],)
-
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        outputs.append(output.detach())
-
-    handles = [head.register_forward_pre_hook(choose), head.register_forward_hook(keep)]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -4,59 +4,30 @@ Only public accessors and temporary hooks are used: no model class is patched, n
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastalign import ops
-from fastalign.models._branch import (
-    Branch,
-    Plan,
-    SideStream,
+from fastalign.models._branch import Branch
+from fastalign.models._contrast import Batch, Contrast, Forward
+from fastalign.models._logits import LogitTransform, find_transform
+from fastalign.models._module import (
     evaluating,
+    find_decoder,
     first_tensor,
-    is_sharded,
-    make_plan,
+    last_row,
+    layer_stack,
 )
-from fastalign.models._corrupt import corrupt
-from fastalign.models._rows import last_row, only_rows, take_rows
+from fastalign.models._rows import only_rows
 from fastalign.ops._check import check_one_of
 
-Batch = Mapping[str, Any]
-
 IGNORE_INDEX = -100
-CONTRAST_MODES = ("drop", "mask", "patch-mask", "blur")
 # Under these names a configuration holds the ids of the tokens that stand for images and videos.
 _IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-
-_PATCH_ORDER_OF_QWEN2_VL = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"}
-
-
-@dataclass(frozen=True)
-class Forward:
-    """What one pass through a model left behind.
-
-    Attributes:
-        hidden: Output of the decoder after its final norm, (b, L, d).
-        layers: Outputs of the decoder layers that were asked for, {k: (b, L, d)}, k from 1.
-        decoder_inputs: The keyword arguments that the model handed to its decoder.
-    """
-
-    hidden: Tensor
-    layers: dict[int, Tensor]
-    decoder_inputs: dict[str, Any]
-
-
-def layer_stack(module: nn.Module) -> nn.ModuleList:
-    """The layers of a decoder or an encoder: its longest `nn.ModuleList`."""
-    stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
-    if not stacks:
-        raise TypeError(f"{type(module).__name__} holds no nn.ModuleList of layers")
-    return max(stacks, key=len)
 
 
 class VLM:
@@ -83,7 +54,7 @@ class VLM:
         model_any: Any = model
         self.model = model_any
         self.config = model_any.config
-        self.decoder: Any = _decoder(model_any)
+        self.decoder: Any = find_decoder(model_any)
         self.vision_tower: Any = model_any.get_encoder(modality="image")
         if self.vision_tower is model or self.vision_tower is None:
             raise TypeError(f"model must have a vision tower: {type(model).__name__} is text-only")
@@ -105,11 +76,19 @@ class VLM:
         self.hidden_size: int = text.hidden_size
         named = inspect.signature(model.forward).parameters
         self._inputs = frozenset(named) - {"labels", "logits_to_keep", "use_cache"}
-        # How logits follow from the head's output: learned in the first pass, by comparison.
-        self.logit_scale: float = 1.0
-        self.softcap: float | None = None
-        self._learned = False
+        # How logits follow from the head's output: seen in the first pass.
+        self._transform: LogitTransform | None = None
         self._branch = Branch(self.decoder, self.layers, text, type(model).__name__)
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the head's output; 1 before the first pass."""
+        return 1.0 if self._transform is None else self._transform.scale
+
+    @property
+    def softcap(self) -> float | None:
+        """Bound c of the logits, c tanh(z / c); None for none, and before the first pass."""
+        return None if self._transform is None else self._transform.softcap
 
     # Where the modalities are
 
@@ -204,18 +183,21 @@ class VLM:
         if labels_only and self.num_layers not in layers:
             samples, cols, _ = self.label_rows(batch)
             rows = samples * batch["input_ids"].shape[1] + cols
-        return self._forward(batch, layers, rows, lambda captured: None)
+        return self._run(batch, layers, rows)
 
-    def _forward(
+    def _run(
         self,
         batch: Batch,
         layers: Sequence[int],
         rows: Tensor | None,
-        on_decoder: Callable[[dict[str, Any]], None],
+        on_decoder: Callable[[dict[str, Any]], None] = lambda captured: None,
     ) -> Forward:
-        """`forward` with the rows wanted of the last layer.
+        """`forward`, as the contrast needs it.
 
-        `on_decoder` sees what the decoder is handed, before its layers run.
+        Args:
+            batch, layers: See `forward`.
+            rows: Places in the flattened batch of the rows wanted of the last layer; None for all.
+            on_decoder: Sees what the decoder is handed, before its layers run.
         """
         for k in layers:
             if not 1 <= k <= self.num_layers:
@@ -246,35 +228,9 @@ class VLM:
         finally:
             for handle in handles:
                 handle.remove()
-        if not self._learned:
-            self._learn_logits(raw[0], output["logits"])
+        if self._transform is None:
+            self._transform = find_transform(self.model, raw[0], output["logits"])
         return Forward(kept[self.num_layers], {k: kept[k] for k in layers}, seen)
-
-    @torch.no_grad()
-    def _learn_logits(self, raw: Tensor, logits: Tensor) -> None:
-        """Which scale and softcap, if any, this class of model applies to the head's output.
-
-        The text configuration names them, but not every class that holds such a text model applies
-        them: Gemma 3 with images leaves the softcap out, PaliGemma does not.
-        """
-        text = self.config.get_text_config()
-        scale = getattr(text, "logit_scale", None) or 1.0  # Cohere
-        scale = scale / (getattr(text, "logits_scaling", None) or 1.0)  # Granite
-        cap = getattr(text, "final_logit_softcapping", None)
-        raw, logits = raw.double(), logits.double()
-        if not logits.isfinite().all():
-            return  # for whoever looks at the loss; learn from the next batch
-        found = []
-        for factor, bound in dict.fromkeys([(1.0, None), (scale, None), (scale, cap)]):
-            ours = raw * factor if bound is None else bound * (raw * factor / bound).tanh()
-            found.append((float((ours - logits).abs().max()), factor, bound))
-        error, self.logit_scale, self.softcap = min(found, key=lambda one: one[0])
-        if error > 0.02 * float(logits.abs().max()):
-            raise ValueError(
-                f"{type(self.model).__name__} makes its logits from its head in a way that is "
-                "not known (neither logit_scale, logits_scaling nor final_logit_softcapping)"
-            )
-        self._learned = True
 
     def _check_inputs(self, batch: Batch) -> None:
         """Raise where transformers would take one-dimensional positions in silence."""
@@ -300,12 +256,10 @@ class VLM:
         """Logit of one token per row, (m, d), (m,) -> (m,) float32 (float64 of float64)."""
         weight: Tensor = self.head.weight
         logits = ops.label_logits(hidden.to(weight.dtype), weight, labels, self.head.bias)
-        logits = logits * self.logit_scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        return logits if self._transform is None else self._transform(logits)
 
     # Contrast
 
-    @torch.no_grad()
     def contrast(
         self,
         batch: Batch,
@@ -346,134 +300,21 @@ class VLM:
             ValueError: An option has an unknown value, an input is missing, or the decoder cannot
                 run without its image tokens; the message says why.
         """
+        how = Contrast(mode, packed, backend, interleave, ratio, sigma)
         with evaluating(self.model):
-            _, delta = self.forward_with_contrast(
-                batch,
-                mode,
-                packed=packed,
-                backend=backend,
-                interleave=interleave,
-                ratio=ratio,
-                sigma=sigma,
-            )
-        return delta
+            return how.take(self, batch)[1]
 
     def forward_with_contrast(
-        self,
-        batch: Batch,
-        mode: str = "drop",
-        *,
-        packed: bool = True,
-        backend: str = "auto",
-        interleave: bool | None = None,
-        ratio: float = 0.7,
-        sigma: float = 10.0,
+        self, batch: Batch, mode: str = "drop", **options: Any
     ) -> tuple[Forward, Tensor]:
         """The forward that training makes, `labels_only`, and the contrast that comes with it.
 
         The forward has its gradient and the mode of the model; the contrast has no gradient.
-        Arguments and errors are those of `contrast`.
+        Options and errors are those of `contrast`.
         """
-        check_one_of("mode", mode, CONTRAST_MODES)
-        if interleave is None:
-            interleave = mode == "drop" and is_sharded(self.layers)
-        plan = self._plan(batch)
-        if mode == "drop" and interleave:
-            return self._interleaved(batch, plan, packed, backend)
-        out = self._forward(batch, (), plan.rows, lambda captured: None)
-        with torch.no_grad():
-            if mode == "drop":
-                return out, self._dropped(out, plan, packed, backend)
-            if mode == "mask":
-                return out, self._masked(batch, out, plan)
-            changed = {**batch, "pixel_values": self._corrupted(batch, mode, ratio, sigma)}
-            with evaluating(self.model):
-                other = self._forward(changed, (), plan.rows, lambda captured: None)
-            return out, self._everywhere(out, other.hidden, plan)
+        return Contrast(mode, **options).take(self, batch)
 
-    @torch.no_grad()
     def contrast_from(self, batch: Batch, out: Forward, mode: str = "drop") -> Tensor:
-        """`contrast` by "drop" or "mask", given the pass with the image."""
+        """`contrast` by "drop" or "mask", given the forward with the image."""
         check_one_of("mode", mode, ("drop", "mask"))
-        plan = self._plan(batch)
-        return (
-            self._dropped(out, plan, True, "auto")
-            if mode == "drop"
-            else self._masked(batch, out, plan)
-        )
-
-    def _interleaved(
-        self, batch: Batch, plan: Plan, packed: bool, backend: str
-    ) -> tuple[Forward, Tensor]:
-        streams: list[SideStream] = []
-
-        def begin(captured: dict[str, Any]) -> None:
-            with torch.no_grad():
-                if len(plan.predictors):
-                    layout = self._branch.layout(captured, plan, packed, backend)
-                    streams.append(SideStream(self._branch, layout))
-
-        try:
-            out = self._forward(batch, (), plan.rows, begin)
-        finally:
-            for stream in streams:
-                stream.close()
-        with torch.no_grad():
-            return out, self._difference(out, plan, [s.finish() for s in streams])
-
-    def _dropped(self, out: Forward, plan: Plan, packed: bool, backend: str) -> Tensor:
-        hidden = []
-        if len(plan.predictors):
-            layout = self._branch.layout(out.decoder_inputs, plan, packed, backend)
-            hidden = [self._branch.run(layout)]
-        return self._difference(out, plan, hidden)
-
-    def _masked(self, batch: Batch, out: Forward, plan: Plan) -> Tensor:
-        image, text = self.vision_mask(batch), self.text_mask(batch)
-        hidden = self._branch.masked(out.decoder_inputs, image, text)
-        return self._everywhere(out, hidden, plan)
-
-    def _corrupted(self, batch: Batch, mode: str, ratio: float, sigma: float) -> Tensor:
-        """The batch's pixels, masked or blurred; flat patches only where their order is known."""
-        kind = self.config.model_type
-        if "image_grid_thw" in batch and kind not in _PATCH_ORDER_OF_QWEN2_VL:
-            raise ValueError(
-                f"mode {mode!r} does not know in which order {kind} lays out the patches of an "
-                'image: use mode="drop" or "mask"'
-            )
-        merge = getattr(self.config.vision_config, "spatial_merge_size", 2)
-        return corrupt(batch, mode, ratio=ratio, sigma=sigma, merge_size=merge)
-
-    def _everywhere(self, out: Forward, hidden: Tensor, plan: Plan) -> Tensor:
-        """Delta of all labels, given the states (b, L, d) of a second forward of all tokens."""
-        with_image = self.label_logits(take_rows(out.hidden, plan.rows), plan.labels)
-        without = self.label_logits(take_rows(hidden, plan.rows), plan.labels)
-        return torch.where(plan.after_image, with_image - without, 0.0)
-
-    def _plan(self, batch: Batch) -> Plan:
-        return make_plan(self.vision_mask(batch), self.text_mask(batch), *self.label_rows(batch))
-
-    def _difference(self, out: Forward, plan: Plan, hidden: list[Tensor]) -> Tensor:
-        """Delta of all labels, given the active predictors' states in the image-free forward."""
-        active, labels = plan.active, plan.labels[plan.active]
-        with_image = self.label_logits(take_rows(out.hidden, plan.rows[active]), labels)
-        delta = with_image.new_zeros(len(active))
-        for states in hidden:  # one, or none where no label is active
-            delta[active] = with_image - self.label_logits(states, labels)
-        return delta
-
-
-def _decoder(model: Any) -> nn.Module:
-    """The layers' module that a vision-language model calls, without an output embedding."""
-    decoder: Any = model.get_decoder()
-    if decoder is model:
-        raise TypeError(f"model must have a decoder of its own: {type(model).__name__} has none")
-    if model.config.get_text_config().is_encoder_decoder:
-        raise TypeError(
-            f"the language model must be decoder-only: {type(model).__name__} holds an "
-            "encoder-decoder, whose encoder reads images and text at once"
-        )
-    while decoder.get_output_embeddings() is not None:  # the Q-Former models hold a whole LM
-        decoder = decoder.get_decoder()
-    found: nn.Module = decoder
-    return found
+        return Contrast(mode).given(self, batch, out)

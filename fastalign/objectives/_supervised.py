@@ -37,13 +37,10 @@ def cal(
     clamp: tuple[float, float] = (1.0, 5.0),
     window: int = 3,
     mode: str = "drop",
-    ratio: float = 0.7,
-    sigma: float = 10.0,
-    packed: bool = True,
-    backend: str = "auto",
     normalize: str = "mean",
     compat: str = "paper",
     totals: Totals | None = None,
+    **contrast: Any,
 ) -> Terms:
     r"""Contrastive alignment: labels weighted by what the image adds (CAL, NeurIPS 2024).
 
@@ -54,9 +51,7 @@ def cal(
         batch: See `VLM`, with `labels`.
         clamp: Bounds of delta, (alpha, beta).
         window: Odd width of the average over neighbouring labels of one sample.
-        mode, packed, backend: See `VLM.contrast`.
-        ratio: Share of the image's cells that mode="patch-mask" blanks.
-        sigma: Of mode="blur", in pixels.
+        mode: See `VLM.contrast`.
         normalize: What the weighted sum is divided by. "mean": the sum of weights over the whole
             step. "tokens": weights scaled to mean 1 in the micro-batch, over the labels of the
             step. "sample": each sample's own sum (paper), mean over samples. "official": the
@@ -64,6 +59,7 @@ def cal(
         compat: "official" pools as the released code does, across samples and ignored positions,
             with the image masked instead of dropped.
         totals: See the module.
+        contrast: Further options of `VLM.contrast`, for compat="paper".
 
     Returns:
         "loss", "ce", "accuracy", "weight" (mean) and "delta" (mean); with `totals` and
@@ -79,13 +75,11 @@ def cal(
         out = vlm.forward(batch)
         delta, weights = _official_weights(vlm, batch, out, clamp, window)
     else:
-        options: dict[str, Any] = {"mode": mode, "packed": packed, "backend": backend}
-        options |= {"ratio": ratio, "sigma": sigma}
         if vlm.model.training and _has_dropout(vlm.model):
-            delta = vlm.contrast(batch, **options)
+            delta = vlm.contrast(batch, mode, **contrast)
             out = vlm.forward(batch, labels_only=True)
         else:
-            out, delta = vlm.forward_with_contrast(batch, **options)
+            out, delta = vlm.forward_with_contrast(batch, mode, **contrast)
         # One run of labels per sample: rows ascend, so equal neighbours share a sample.
         starts = torch.searchsorted(
             rows, torch.arange(len(batch["input_ids"]) + 1, device=rows.device)

@@ -1,0 +1,125 @@
+"""The image-free forward layer by layer with the forward with the image."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastalign.models._branch import Branch, Layout
+from fastalign.models._module import evaluating, first_tensor
+from fastalign.models._rows import only_rows, take_rows
+
+
+@dataclass
+class SideStream:
+    """The image-free forward pushed through each layer right after the forward with the image.
+
+    Where an engine gathers the weights of a layer for its forward (FSDP, ZeRO-3), they are gathered
+    once for both, and a rank without an image needs no dummy pass: the stream itself gathers
+    nothing. The result is that of `Branch.run`.
+    """
+
+    branch: Branch
+    layout: Layout
+    _hidden: Tensor = field(init=False)
+    _calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(init=False)
+    _handles: list[RemovableHandle] = field(init=False)
+    _tuples: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        """Learn what the decoder hands to each layer, and follow its layers."""
+        self._calls = {}
+        layers = self.branch.layers
+        self._without_layers(self._record)
+        self._hidden = self._calls[min(self._calls)][0][0]
+        # Before an engine's own hooks, which give the gathered weights back.
+        self._handles = [
+            layers[i].register_forward_hook(partial(self._follow, i), prepend=True)
+            for i in self._calls
+        ]
+
+    def _without_layers(self, call: Any) -> Any:
+        """The decoder's forward with `call` in the place of each layer."""
+        decoder = self.branch.decoder
+        with (
+            evaluating(decoder),
+            self.layout.attention(decoder),
+            _standing_in(self.branch.layers, call),
+        ):
+            # `forward`, not a call: the hooks of an engine belong to the forward with the image.
+            return decoder.forward(**self.layout.inputs)
+
+    def _record(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args:
+            args, kwargs = (kwargs["hidden_states"],), {**kwargs}
+            del kwargs["hidden_states"]
+        self._calls[i] = args, kwargs
+        return args[0]
+
+    def _follow(self, i: int, layer: nn.Module, args: Any, output: Any) -> None:
+        if i not in self._calls:  # a recomputation of an activation checkpoint
+            return
+        (_, *others), kwargs = self._calls.pop(i)
+        dtype = first_tensor(output).dtype
+        arguments = torch.utils._pytree.tree_map_only(
+            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (others, kwargs)
+        )
+        last = layer is self.branch.layers[-1]
+        rows = only_rows(layer, self.layout.predictors, self.layout.shape)
+        attention = self.layout.attention(layer)
+        with evaluating(layer), attention, rows if last else nullcontext():
+            out = layer.forward(self._hidden.to(dtype), *arguments[0], **arguments[1])
+        self._hidden, self._tuples = first_tensor(out), isinstance(output, tuple)
+
+    def close(self) -> None:
+        """Follow the layers no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def finish(self) -> Tensor:
+        """Hidden states of the predictors after the decoder's final norm, (active, d)."""
+        output = (self._hidden,) if self._tuples else self._hidden
+        out = self._without_layers(lambda i, args, kwargs: output)
+        return take_rows(first_tensor(out), self.layout.predictors)
+
+
+class _StandIn(nn.Module):
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(args, kwargs)
+
+
+@contextmanager
+def _standing_in(layers: nn.ModuleList, call: Any) -> Iterator[None]:
+    """Let `call(i, args, kwargs)` answer for layer i."""
+    own = list(layers)
+    try:
+        for i, layer in enumerate(own):
+            stand_in = _StandIn(lambda args, kwargs, i=i: call(i, args, kwargs))
+            # What decoders read from a layer beside calling it.
+            for name in ("attention_type", "layer_type", "layer_idx"):
+                if hasattr(layer, name):
+                    setattr(stand_in, name, getattr(layer, name))
+            layers[i] = stand_in
+        yield
+    finally:
+        for i, layer in enumerate(own):
+            layers[i] = layer
+
+
+def is_sharded(layers: nn.ModuleList) -> bool:
+    """Whether an engine gathers the weights of each layer for its forward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(
+        isinstance(m, FSDPModule) or any(hasattr(p, "ds_id") for p in m.parameters(recurse=False))
+        for m in layers.modules()
+    )
