@@ -25,6 +25,7 @@ __all__ = [
     "demo",
     "detach",
     "diagnostics",
+    "integrations",
     "linalg",
     "load_adapter",
     "losses",
@@ -35,7 +36,7 @@ __all__ = [
     "save_adapter",
     "train",
 ]
-_LAZY = frozenset({"data", "demo", "diagnostics", "metrics"})
+_LAZY = frozenset({"data", "demo", "diagnostics", "integrations", "metrics"})
 
 
 def __getattr__(name: str) -> Any:

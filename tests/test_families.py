@@ -12,6 +12,7 @@ from _true64 import Narrow, true_float64
 from torch import Tensor
 
 import fastalign as fa
+from fastalign.models._stand_in import stand_in_image
 from fastalign.testing.families import (
     ENCODER_DECODER,
     FAMILIES,
@@ -342,3 +343,27 @@ def extended(batch, columns):
         return torch.cat([value, value.new_full((b, columns, *value.shape[2:]), fill)], 1)
 
     return {k: longer(k, v) for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"mllama"}))
+def test_stand_in_image_reaches_what_images_reach(name):
+    """Ranks of a sharded model reduce gradients together: the same ones with and without images."""
+    model = family(name)
+    text = [model.get_decoder(), model.get_output_embeddings()]
+    others = {p for module in text for p in module.parameters()}
+    reached = []
+    for loss in (
+        lambda: model(**family_batch(name, model, samples_for(name))).loss,
+        lambda: stand_in_image(model),
+    ):
+        model.zero_grad(set_to_none=True)
+        loss().backward()
+        named = model.named_parameters()
+        reached.append({k for k, p in named if p not in others and p.grad is not None})
+    assert reached[0] == reached[1] and reached[0]
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_model_that_cannot_run_an_image_alone_says_so():
+    with pytest.raises(ValueError, match="every rank of a sharded Mllama"):
+        stand_in_image(family("mllama"))

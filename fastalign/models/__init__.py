@@ -8,6 +8,7 @@ from fastalign.models._corrupt import gaussian_blur as gaussian_blur
 from fastalign.models._corrupt import patch_mask as patch_mask
 from fastalign.models._module import evaluating as evaluating
 from fastalign.models._module import first_tensor as first_tensor
+from fastalign.models._module import forward_of as forward_of
 from fastalign.models._module import layer_stack as layer_stack
 from fastalign.models._packed import BACKENDS as BACKENDS
 from fastalign.models._packed import Segments as Segments

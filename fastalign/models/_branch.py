@@ -169,7 +169,7 @@ class Branch:
         """Embeddings (b, L, d) and positions (..., b, L): those handed over, else 0, 1, 2, ..."""
         embeds = captured.get("inputs_embeds")
         if embeds is None:
-            embeds = self.decoder.get_input_embeddings()(captured["input_ids"])  # type: ignore
+            embeds = self.decoder.get_input_embeddings().forward(captured["input_ids"])  # type: ignore
         embeds = embeds.detach()
         positions = captured.get("position_ids")
         if positions is None:

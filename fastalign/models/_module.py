@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,6 +37,28 @@ def first_tensor(output: Any) -> Tensor:
     """The hidden states of a layer's or decoder's output: itself, or what it begins with."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
+
+
+_RUNNING: ContextVar[nn.Module | None] = ContextVar("fastalign_running", default=None)
+
+
+@contextmanager
+def forward_of(module: nn.Module) -> Iterator[None]:
+    """Say that the code inside is the forward of `module`, so that `call` does not enter it twice.
+
+    An engine's hooks are around it already. A second time they would give its gathered weights
+    back before the loss has read the head's.
+    """
+    token = _RUNNING.set(module)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def call(module: nn.Module, **inputs: Any) -> Any:
+    """`module(**inputs)`; without the module's own hooks inside `forward_of(module)`."""
+    return module.forward(**inputs) if _RUNNING.get() is module else module(**inputs)
 
 
 @contextmanager

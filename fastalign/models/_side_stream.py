@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,44 +26,55 @@ class SideStream:
     branch: Branch
     layout: Layout
     _hidden: Tensor = field(init=False)
-    _calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(init=False)
+    _calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = field(init=False)
     _handles: list[RemovableHandle] = field(init=False)
     _tuples: bool = field(init=False, default=False)
+    _recording: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         """Learn what the decoder hands to each layer, and follow its layers."""
         self._calls = {}
-        layers = self.branch.layers
         self._without_layers(self._record)
-        self._hidden = self._calls[min(self._calls)][0][0]
+        self._recording = False
+        self._hidden = next(iter(self._calls.values()))[0][0]
         # Before an engine's own hooks, which give the gathered weights back.
         self._handles = [
-            layers[i].register_forward_hook(partial(self._follow, i), prepend=True)
-            for i in self._calls
+            layer.register_forward_hook(self._follow, prepend=True) for layer in self._calls
         ]
 
     def _without_layers(self, call: Any) -> Any:
-        """The decoder's forward with `call` in the place of each layer."""
+        """The decoder's forward with `call` in the place of each layer.
+
+        Its other parts run without hooks: those of an engine belong to the forward with the image,
+        and what they gather on one rank alone would leave the others waiting.
+        """
         decoder = self.branch.decoder
         with (
             evaluating(decoder),
             self.layout.attention(decoder),
             _standing_in(self.branch.layers, call),
+            _standing_in(decoder, self._bare),
         ):
-            # `forward`, not a call: the hooks of an engine belong to the forward with the image.
             return decoder.forward(**self.layout.inputs)
 
-    def _record(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _bare(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A part of the decoder that is no layer, such as its rotary embedding or its final norm.
+
+        While the layers' arguments are recorded, what comes after them need not run.
+        """
+        return args[0] if self._recording and self._calls else part.forward(*args, **kwargs)
+
+    def _record(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args:
             args, kwargs = (kwargs["hidden_states"],), {**kwargs}
             del kwargs["hidden_states"]
-        self._calls[i] = args, kwargs
+        self._calls[layer] = args, kwargs
         return args[0]
 
-    def _follow(self, i: int, layer: nn.Module, args: Any, output: Any) -> None:
-        if i not in self._calls:  # a recomputation of an activation checkpoint
+    def _follow(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if layer not in self._calls:  # a recomputation of an activation checkpoint
             return
-        (_, *others), kwargs = self._calls.pop(i)
+        (_, *others), kwargs = self._calls.pop(layer)
         dtype = first_tensor(output).dtype
         arguments = torch.utils._pytree.tree_map_only(
             Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (others, kwargs)
@@ -84,7 +94,7 @@ class SideStream:
     def finish(self) -> Tensor:
         """Hidden states of the predictors after the decoder's final norm, (active, d)."""
         output = (self._hidden,) if self._tuples else self._hidden
-        out = self._without_layers(lambda i, args, kwargs: output)
+        out = self._without_layers(lambda layer, args, kwargs: output)
         return take_rows(first_tensor(out), self.layout.predictors)
 
 
@@ -98,28 +108,28 @@ class _StandIn(nn.Module):
 
 
 @contextmanager
-def _standing_in(layers: nn.ModuleList, call: Any) -> Iterator[None]:
-    """Let `call(i, args, kwargs)` answer for layer i."""
-    own = list(layers)
+def _standing_in(parent: nn.Module, call: Any) -> Iterator[None]:
+    """Let `call(child, args, kwargs)` answer for each child of `parent` that is no list."""
+    own = {n: m for n, m in parent.named_children() if not isinstance(m, nn.ModuleList)}
     try:
-        for i, layer in enumerate(own):
-            stand_in = _StandIn(lambda args, kwargs, i=i: call(i, args, kwargs))
+        for name, child in own.items():
+            stand_in = _StandIn(lambda args, kwargs, child=child: call(child, args, kwargs))
             # What decoders read from a layer beside calling it.
-            for name in ("attention_type", "layer_type", "layer_idx"):
-                if hasattr(layer, name):
-                    setattr(stand_in, name, getattr(layer, name))
-            layers[i] = stand_in
+            for read in ("attention_type", "layer_type", "layer_idx"):
+                if hasattr(child, read):
+                    setattr(stand_in, read, getattr(child, read))
+            setattr(parent, name, stand_in)
         yield
     finally:
-        for i, layer in enumerate(own):
-            layers[i] = layer
+        for name, child in own.items():
+            setattr(parent, name, child)
 
 
-def is_sharded(layers: nn.ModuleList) -> bool:
-    """Whether an engine gathers the weights of each layer for its forward."""
+def is_sharded(module: nn.Module) -> bool:
+    """Whether an engine gathers the weights of the parts of `module` for their forward."""
     from torch.distributed.fsdp import FSDPModule
 
     return any(
         isinstance(m, FSDPModule) or any(hasattr(p, "ds_id") for p in m.parameters(recurse=False))
-        for m in layers.modules()
+        for m in module.modules()
     )

@@ -16,6 +16,7 @@ from fastalign.models._branch import Branch
 from fastalign.models._contrast import Batch, Contrast, Forward
 from fastalign.models._logits import LogitTransform, find_transform
 from fastalign.models._module import (
+    call,
     evaluating,
     find_decoder,
     first_tensor,
@@ -23,6 +24,8 @@ from fastalign.models._module import (
     layer_stack,
 )
 from fastalign.models._rows import only_rows
+from fastalign.models._side_stream import is_sharded
+from fastalign.models._stand_in import stand_in_image
 from fastalign.ops._check import check_one_of
 
 IGNORE_INDEX = -100
@@ -222,14 +225,20 @@ class VLM:
         pruned: Any = nullcontext()
         if rows is not None:
             pruned = only_rows(self.layers[-1], rows, tuple(batch["input_ids"].shape))
+        # Before the decoder, where the ranks that have images run theirs.
+        zero = None
+        if batch.get("pixel_values") is None and is_sharded(self.model):
+            zero = stand_in_image(self.model)
         try:
             with pruned, last_row(self.head) as raw:
-                output = self.model(**inputs, use_cache=False)
+                output = call(self.model, **inputs, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         if self._transform is None:
             self._transform = find_transform(self.model, raw[0], output["logits"])
+        if zero is not None:
+            kept[self.num_layers] = kept[self.num_layers] + zero.to(kept[self.num_layers].dtype)
         return Forward(kept[self.num_layers], {k: kept[k] for k in layers}, seen)
 
     def _check_inputs(self, batch: Batch) -> None:
