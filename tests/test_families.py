@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from _masked import dropped_contrast, masked_contrast
 from _true64 import Narrow, true_float64
 from torch import Tensor
@@ -343,6 +344,27 @@ def extended(batch, columns):
         return torch.cat([value, value.new_full((b, columns, *value.shape[2:]), fill)], 1)
 
     return {k: longer(k, v) for k, v in batch.items()}
+
+
+def test_a_sliding_window_counts_the_dropped_tokens():
+    """The decoder makes its own window, in the masked forward from places in the full sequence."""
+    whole = family("llava", dtype=torch.float64)
+    config = whole.config.to_dict()
+    text = {"model_type": "mistral", "sliding_window": 6, "layer_types": None}
+    config["text_config"] = {**whole.config.text_config.to_dict(), **text}
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**config))
+    model.double().eval().load_state_dict(whole.state_dict())
+    batch = family_batch("llava", model, samples_for("llava"), dtype=torch.float64)
+    vlm = fa.VLM(model)
+    with true_float64():
+        where = masked_contrast(model, batch)
+        kept = where.active & where.defined & ~where.after_image
+        delta, masked = vlm.contrast(batch), vlm.contrast(batch, mode="mask")
+        torch.testing.assert_close(delta[kept], masked[kept], **TOLERANCE)
+        # The window hides something.
+        assert (delta - fa.VLM(whole).contrast(batch)).abs().max() > 0.1
+    with pytest.raises(ValueError, match="packed must be True .* window of 6"):
+        vlm.contrast(batch, packed=False)
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"mllama"}))

@@ -85,13 +85,13 @@ def test_wrapped_layers_run_whole():
 
 
 def test_labels_that_are_most_rows_are_not_gathered():
-    model, batch = tiny_llava(), llava_batch(["tyyyyy"])
+    model, batch = tiny_llava(), llava_batch(["t" + 15 * "y"])
     seen = []
     mlp = model.get_decoder().layers[-1].mlp
     handle = mlp.register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
     VLM(model).forward(batch, labels_only=True)
     handle.remove()
-    assert seen == [(1, 6, 32)]
+    assert seen == [(1, 16, 32)]
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastalign.models._masks import cut_mask, without_columns
 from fastalign.models._module import evaluating
-from fastalign.models._packed import Segments, packed
+from fastalign.models._packed import LAYER_TYPES, Segments, packed
 from fastalign.models._rows import only_rows, take_rows
 
 # What a decoder may be handed and the branch replaces; flags are left out, other tensors refused.
@@ -27,7 +27,6 @@ _IMAGE_INPUTS = {
     "cross_attention_mask",
     "full_text_row_masked_out_mask",
 }
-_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,11 @@ class Branch:
 
     def __init__(self, decoder: nn.Module, layers: nn.ModuleList, config: Any, name: str) -> None:
         self.decoder, self.layers, self.name = decoder, layers, name
-        self.kinds = set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS
-        self.sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        kinds = set(getattr(config, "layer_types", None) or ())
+        self.kinds = kinds - LAYER_TYPES
         self.window: int | None = getattr(config, "sliding_window", None)
+        if kinds and "sliding_attention" not in kinds:
+            self.window = None
 
     def check(self, packed: bool) -> None:
         """Raise ValueError where dropping tokens does not mean hiding them."""

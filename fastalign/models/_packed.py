@@ -26,7 +26,7 @@ from fastalign.ops._check import check_one_of
 NAME = "fastalign_packed"
 
 # Layers that attend to tokens and do nothing else with them; "sparse" and "dense" name MLPs.
-_LAYER_TYPES = {"full_attention", "sliding_attention", "sparse", "dense"}
+LAYER_TYPES = {"full_attention", "sliding_attention", "sparse", "dense"}
 # What an attention module may hand to its attention function that changes the result.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "cache")
 
@@ -114,7 +114,7 @@ def _configs(decoder: nn.Module) -> list[Any]:
 
 def _check_packable(decoder: nn.Module, configs: list[Any]) -> None:
     kinds = {kind for c in configs for kind in getattr(c, "layer_types", None) or ()}
-    found = sorted(kinds - _LAYER_TYPES)
+    found = sorted(kinds - LAYER_TYPES)
     found += sorted({type(m).__name__ for m in decoder.modules() if isinstance(m, nn.Conv1d)})
     if found:
         raise ValueError(
