@@ -70,7 +70,8 @@ class Benchmark:
         bfloat16: The same as `eager` in bfloat16 throughout, for ops built on matrix products:
             these are also timed so (on CUDA compiled too), and on CUDA in TF32.
         peers: Other packages' functions, by name.
-        differentiate: Positions of the inputs that have a gradient; None: all floating-point ones.
+        differentiate: Positions of the inputs that have a gradient; None: all floating-point ones;
+            empty for an op that gives constants.
     """
 
     op: str
@@ -229,15 +230,20 @@ def _leaves(arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def _value_and_grads(fn: Function, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
-    out = fn(*arguments)
-    grads = torch.autograd.grad(out, _leaves(arguments), cotangent_like(out))
+    out, leaves = fn(*arguments), _leaves(arguments)
+    grads = torch.autograd.grad(out, leaves, cotangent_like(out)) if leaves else ()
     return out.detach(), *grads
 
 
 def _step(fn: Function, inputs: Inputs, differentiate: tuple[int, ...] | None = None) -> Run:
-    """A call of `fn` with its gradients, on leaves and a cotangent made beforehand."""
+    """A call of `fn` with its gradients, on leaves and a cotangent made beforehand.
+
+    It returns the gradients; or the value, in a tuple, where nothing is differentiated.
+    """
     arguments = _arguments(inputs, differentiate)
     leaves = _leaves(arguments)
+    if not leaves:
+        return lambda: (fn(*arguments),)
     cotangent = cotangent_like(fn(*arguments).detach())
     return lambda: torch.autograd.grad(fn(*arguments), leaves, cotangent)
 

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastalign_kernels import calibrate, hadamard_reweight, label_logits, structure_distill
+from fastalign_kernels import (
+    calibrate,
+    contrast_weights,
+    hadamard_reweight,
+    label_logits,
+    linear_cross_entropy,
+    structure_distill,
+    syrk,
+)
 from fastalign_kernels._op import DTYPES
 from triton.runtime.jit import JITFunction
 
@@ -88,6 +96,24 @@ def _label_logits(d: int) -> Iterator[Variant]:
     yield Variant(kernel, types, label_logits._config_weight(d), d, wide=False)
 
 
+def _linear_cross_entropy(d: int) -> Iterator[Variant]:
+    """`d` logits a row."""
+    kernel = linear_cross_entropy._linear_cross_entropy_rows
+    types = dict.fromkeys(("logits_ptr", "factors_ptr", "power_ptr", "ce_ptr"), "*fp32")
+    types |= {"dz_ptr": "*", "bias_ptr": "*", "labels_ptr": "*i64", "correct_ptr": "*i1"}
+    types |= {"v": "i32", "ignore_index": "i32", "scale": "fp32", "softcap": "fp32"}
+    for dtypes, stride in ((_HALF, 2), (_SINGLE, 1)):
+        for bias, softcap, gradient in (
+            (False, False, True),
+            (True, True, True),
+            (False, False, False),
+        ):
+            constants = {"BIAS": bias, "SOFTCAP": softcap, "GRADIENT": gradient, "STRIDE": stride}
+            constants |= linear_cross_entropy._config(d)
+            spill = 8 if softcap else 0
+            yield Variant(kernel, types, constants, d, dtypes=dtypes, spill=spill)
+
+
 def _calibrate(d: int) -> Iterator[Variant]:
     config = calibrate._config(d)
     tile = {"n": "i32", "d": "i32", "x_ptr": "*", "mask_ptr": "*i1"}
@@ -97,6 +123,18 @@ def _calibrate(d: int) -> Iterator[Variant]:
     sums = {"dscale_ptr": "*fp32", "dshift_ptr": "*fp32", "chunk": "i32"}
     types = {**tile, **sums, "scale_ptr": "*fp32", "dy_ptr": "*", "dx_ptr": "*"}
     yield Variant(calibrate._calibrate_bwd, types, config, d)
+
+
+def _contrast_weights(d: int) -> Iterator[Variant]:
+    """`d` tokens; without offsets it is passed delta in their place."""
+    kernel, config = contrast_weights._contrast_weights_fwd, contrast_weights._config(d)
+    types = {"delta_ptr": "*", "w_ptr": "*fp32", "alpha": "fp32", "beta": "fp32"}
+    types |= dict.fromkeys(("tokens", "samples", "step"), "i32")
+    for offsets, half in (("*", 1), ("*i32", 1), ("*i64", 1), ("*i32", 16)):
+        packed = offsets != "*"
+        constants = {"PACKED": packed, "HALF": half, **config}
+        note = f"window={2 * half + 1}" + (f" offsets={offsets[1:]}" if packed else "")
+        yield Variant(kernel, {**types, "cu_ptr": offsets}, constants, d, spill=8, note=note)
 
 
 def _structure_distill(d: int) -> Iterator[Variant]:
@@ -194,12 +232,43 @@ def _structure_flags(d: int, ragged: bool) -> Iterator[dict[str, Any]]:
             return
 
 
+def _syrk(d: int) -> Iterator[Variant]:
+    """Row length changes the code only where it is no multiple of a block, or 1."""
+    if d > 4096:
+        return
+    for block, size, dtypes in ((128, 2, _HALF), (64, 2, _HALF), (64, 4, _SINGLE)):
+        if block == 128 and d % 16:
+            continue  # see `syrk._block`
+        for descriptor in (False, True) if d == 4096 else (False,):
+            config = syrk._config(block, size, d % 16 == 0)
+            tile = f"tensordesc<*[1,{config['BLOCK_K']},{block}]>" if descriptor else "*"
+            counts = dict.fromkeys(("n", "d", "columns", "programs"), "i32")
+            types = {"x": tile, **counts, "alpha": "fp32", "beta": "fp32"}
+            # Rows of tokens, of any number, into float32; a square matrix, in its own type.
+            for has_y, even, out in ((False, descriptor, "*fp32"), (True, d % 64 == 0, "*")):
+                flags = {"HAS_Y": has_y, "DESCRIPTOR": descriptor, "EVEN": even}
+                yield Variant(
+                    syrk._syrk_fwd,
+                    {**types, "y_ptr": out, "c_ptr": out},
+                    {**flags, "GROUP": syrk._GROUP, **config},
+                    d,
+                    spill=64,
+                    matrix=True,
+                    descriptor=descriptor,
+                    dtypes=dtypes,
+                    note=f"block={block}",
+                )
+
+
 # One function for each module of kernels: a new module adds its own here.
 MODULES: tuple[Callable[[int], Iterator[Variant]], ...] = (
     _hadamard_reweight,
     _label_logits,
+    _linear_cross_entropy,
     _calibrate,
+    _contrast_weights,
     _structure_distill,
+    _syrk,
 )
 
 

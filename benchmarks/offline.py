@@ -39,8 +39,8 @@ from benchmarks._variants import variants
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one block, by architecture
 REGISTERS = 65536  # of one multiprocessor
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-WIDTHS = ("d", "dt", "w_stride")  # arguments that are divisible by 16 when `d` is
-SIZES = ("n", "v", "rows", *WIDTHS)  # arguments that are 1 when `d` is
+WIDTHS = ("d", "dt", "v", "w_stride", "tokens")  # arguments that are divisible by 16 when `d` is
+SIZES = ("n", "rows", *WIDTHS)  # arguments that are 1 when `d` is
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")  # for the compiler
 SHOWN = 4096  # row length of the table in the documentation
 

@@ -49,7 +49,7 @@ class Table:
         candidates: Each replaces the function's result; a dict, only the entries that it has.
         function: Its name in `fastalign_kernels.<op>`.
         gradients: Positions of the inputs that are differentiated: those whose kernels the function
-            configures. All floating-point ones when None.
+            configures. All floating-point ones when None; none of an op that gives constants.
     """
 
     candidates: tuple[Candidate, ...]
@@ -91,13 +91,27 @@ CANDIDATES: dict[str, tuple[Table, ...]] = {
             gradients=(1,),
         ),
     ),
+    "linear_cross_entropy": (
+        Table(grid((8, 32), BLOCK=(1024, 2048, 4096, 8192), num_warps=(4, 8, 16)), gradients=(0,)),
+        # Rows of a chunk: with dW, which each of them reads and writes, and without.
+        Table((256, 512, 1024, 2048), function="chunk_rows", gradients=(0, 1)),
+        Table((128, 256, 512, 1024), function="chunk_rows", gradients=(0,)),
+    ),
     "calibrate": (
         Table(grid((16, 32), ROWS=(4, 8, 16), BLOCK=(256, 512, 1024), num_warps=(2, 4, 8))),
+    ),
+    # A program holds one block, not a loop over a row: 2 to 32 tokens a thread.
+    "contrast_weights": (
+        Table(grid((2, 32), BLOCK=(128, 256, 512, 1024), num_warps=(1, 2, 4)), gradients=()),
     ),
     "structure_distill": (
         Table(grid(BLOCK_K=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)), gradients=(0,)),
         Table((64, 128), function="_block", gradients=(0,)),
         Table((64, 128, 256), function="_columns", gradients=(0,)),
+    ),
+    "syrk": (
+        Table(grid(BLOCK_K=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4)), gradients=()),
+        Table((64, 128), function="_block", gradients=()),
     ),
 }
 
@@ -151,7 +165,8 @@ def step(
 
     def run() -> tuple[Tensor, ...]:
         out = fn(*arguments)
-        return out.detach(), *torch.autograd.grad(out, leaves, cotangent)
+        grads = torch.autograd.grad(out, leaves, cotangent) if leaves else ()
+        return out.detach(), *grads
 
     return run
 

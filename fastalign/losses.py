@@ -7,8 +7,6 @@ unless the docstring says so. A NaN in an input that counts gives a NaN loss.
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,10 +14,8 @@ from torch import Tensor
 from fastalign import reference
 from fastalign.ops._autocast import no_autocast
 from fastalign.ops._check import (
-    check_cu_seqlens,
     check_dim,
     check_floating,
-    check_integer,
     check_last_dim,
     check_one_of,
     check_positive,
@@ -28,6 +24,8 @@ from fastalign.ops._check import (
     check_width,
 )
 from fastalign.ops._gather import gather_rows
+from fastalign.ops.contrast_weights import contrast_weights as contrast_weights
+from fastalign.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from fastalign.ops.structure_distill import structure_distill as structure_distill
 from fastalign.reference import CrossEntropy as CrossEntropy
 
@@ -80,154 +78,6 @@ def resample_grid(features: Tensor, grid: tuple[int, int], target_grid: tuple[in
     image = wide.reshape(b, h, w, d).permute(0, 3, 1, 2)
     image = F.interpolate(image, (h2, w2), mode="bilinear", align_corners=False, antialias=True)
     return image.permute(0, 2, 3, 1).reshape(b, h2 * w2, d).to(features.dtype)
-
-
-@overload
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    token_weights: Tensor | None = ...,
-    bias: Tensor | None = ...,
-    ignore_index: int = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    reduction: str = ...,
-    details: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    token_weights: Tensor | None = ...,
-    bias: Tensor | None = ...,
-    ignore_index: int = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    reduction: str = ...,
-    details: Literal[True],
-) -> CrossEntropy: ...
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    token_weights: Tensor | None = None,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
-    details: bool = False,
-) -> Tensor | CrossEntropy:
-    r"""Weighted cross-entropy of a linear head, $\sum_i w_i CE_i / \sum_i w_i$ (CAL, NeurIPS 2024).
-
-    The logits are $z = H W^T + b$, then times `logit_scale`, then $c \tanh(z / c)$ with softcap $c$
-    (the order of Gemma and Cohere). Sums run over the labels that are not `ignore_index`.
-
-    Args:
-        hidden: Rows that predict the labels, (t, d), any floating dtype.
-        weight: Output embeddings, (v, d); their dtype may differ from that of `hidden`.
-        labels: (t,) int64 or int32, in [0, v) or `ignore_index`; already shifted.
-        token_weights: $w$, (t,), not negative; constants: no gradient flows to them. None: 1.
-        bias: (v,) or None.
-        ignore_index: Label of rows that take no part; even NaN in such a row goes nowhere.
-        logit_scale: Factor of the logits.
-        softcap: Bound of the logits, above 0, or None.
-        reduction: "mean" is the formula above; "sum", $\sum_i w_i CE_i$; "none", $w_i CE_i$ per row
-            and 0 at ignored labels.
-        details: Return a `CrossEntropy` (loss, per_token, correct) instead.
-
-    Returns:
-        Scalar, or (t,) with reduction "none". Without a label, or with weights that are all 0,
-        it is 0 with gradient 0. Differentiable in `hidden`, `weight` and `bias`.
-
-    Raises:
-        TypeError: An input has the wrong kind of dtype.
-        ValueError: Shapes, devices or options are wrong; on CPU also a label outside [0, v), which
-            CUDA answers with torch's device-side assertion.
-    """
-    check_one_of("reduction", reduction, REDUCTIONS)
-    check_floating(hidden=hidden, weight=weight)
-    check_integer(labels=labels)
-    check_dim("hidden", hidden, 2)
-    check_dim("weight", weight, 2)
-    check_last_dim("weight", weight, hidden.shape[1])
-    tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    check_shape("labels", labels, (tokens,), "(t,)")
-    check_same("device", hidden=hidden, weight=weight, labels=labels)
-    if token_weights is not None:
-        check_floating(token_weights=token_weights)
-        check_shape("token_weights", token_weights, (tokens,), "(t,)")
-        check_same("device", hidden=hidden, token_weights=token_weights)
-    if bias is not None:
-        check_floating(bias=bias)
-        check_shape("bias", bias, (vocabulary,), "(v,)")
-        check_same("device", hidden=hidden, bias=bias)
-    if softcap is not None:
-        check_positive("softcap", softcap)
-    _check_labels(labels, vocabulary, ignore_index)
-    with no_autocast(hidden):
-        return reference.linear_cross_entropy(
-            hidden, weight, labels, token_weights, bias, ignore_index, logit_scale, softcap,
-            reduction, details,
-        )  # fmt: skip
-
-
-def contrast_weights(
-    delta: Tensor,
-    cu_seqlens: Tensor | None = None,
-    *,
-    clamp: tuple[float, float] = (1.0, 5.0),
-    window: int = 3,
-    compat: str = "paper",
-) -> Tensor:
-    r"""Token weights $w_j = avgpool_W(clamp(\Delta_j, \alpha, \beta))$ (CAL, eq. 3 and 4).
-
-    The pool is centred on its token and averages over what exists: at a border it divides by the
-    number of neighbours it has, not by the window.
-
-    Args:
-        delta: Label logit with the image less that without it, (t,), any floating dtype. With
-            "paper" only labels that are not ignored; with "official" the flattened (b * (L - 1),)
-            row of all positions, where the released code takes token 0 for an ignored label.
-        cu_seqlens: Offsets of the samples in `delta`, (b + 1,) int32 or int64; None: one sample.
-            Their values are checked on CPU only, where no device has to be waited for.
-        clamp: (alpha, beta).
-        window: W, odd.
-        compat: "paper", no window reaches into another sample; "official", the released code, whose
-            windows run over the flattened batch, across samples and ignored positions.
-
-    Returns:
-        Weights in [alpha, beta], (t,), float32 (float64 for float64), without gradient. NaN stays
-        NaN in every window that holds one.
-
-    Raises:
-        TypeError: `delta` is not floating point, or `cu_seqlens` not integer.
-        ValueError: Shapes or options are wrong, or "official" came with `cu_seqlens`.
-    """
-    check_one_of("compat", compat, ("paper", "official"))
-    check_floating(delta=delta)
-    check_dim("delta", delta, 1)
-    if not clamp[0] <= clamp[1]:
-        raise ValueError(f"clamp must be (alpha, beta) with alpha <= beta: got {clamp}")
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"window must be odd and at least 1, to have a centre: got {window}")
-    if cu_seqlens is not None:
-        if compat == "official":
-            raise ValueError(
-                'cu_seqlens must be None with compat="official", which pools across samples: '
-                'leave it out, or use compat="paper"'
-            )
-        check_cu_seqlens(cu_seqlens, delta.shape[0], "delta")
-    return reference.contrast_weights(delta, cu_seqlens, clamp, window, compat)
 
 
 def shift_align(
@@ -330,14 +180,3 @@ def mutual_information(
         raise ValueError("x and y must have at least one row: got none; skip the term instead")
     with no_autocast(x):
         return reference.mutual_information(x, y, estimator, temperature, shrinkage)
-
-
-def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-    if wrong.any():
-        raise ValueError(
-            f"labels must lie in [0, {vocabulary}) or be ignore_index = {ignore_index}: got "
-            f"{labels[wrong][0].item()} at row {wrong.nonzero()[0].item()}"
-        )

@@ -72,7 +72,10 @@ def imported_on_load(tree: ast.Module) -> set[str]:
 
 def test_every_op_has_five_files_of_one_stem():
     ops = sorted(path.stem for path in (ROOT / "fastalign/ops").glob("[!_]*.py"))
-    assert ops == ["calibrate", "hadamard_reweight", "label_logits", "structure_distill"]
+    assert ops == [
+        *("calibrate", "contrast_weights", "hadamard_reweight", "label_logits"),
+        *("linear_cross_entropy", "structure_distill", "syrk"),
+    ]
     for op in ops:
         for folder in ("fastalign/reference", "kernels/fastalign_kernels", "benchmarks"):
             assert (ROOT / folder / f"{op}.py").is_file(), f"{folder}/{op}.py"
@@ -140,6 +143,9 @@ y = fa.ops.calibrate(x, torch.tensor([True, False]), 2 * x[0], x[0])
 assert y.tolist() == [[3.0] * 3, [1.0] * 3]
 assert torch.equal(fa.ops.hadamard_reweight(x, x), x)
 assert fa.ops.label_logits(x, x, torch.tensor([1, -100])).tolist() == [3.0, 0.0]
+x.requires_grad_()
+fa.losses.linear_cross_entropy(x, x, torch.tensor([1, -100])).backward()
+assert x.grad.isfinite().all()
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

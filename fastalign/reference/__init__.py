@@ -13,3 +13,4 @@ from fastalign.reference.linear_cross_entropy import linear_cross_entropy as lin
 from fastalign.reference.mutual_information import mutual_information as mutual_information
 from fastalign.reference.shift_align import shift_align as shift_align
 from fastalign.reference.structure_distill import structure_distill as structure_distill
+from fastalign.reference.syrk import syrk as syrk

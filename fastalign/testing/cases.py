@@ -18,8 +18,9 @@ class Case:
 
     Args:
         op: Name of the op.
-        shape: Sizes that its inputs are made from: (t, v, d) for label_logits, (b, n, d, dt) for
-            structure_distill, else (..., d).
+        shape: Sizes that its inputs are made from: (t, v, d) for label_logits and
+            linear_cross_entropy, (b, n, d, dt) for structure_distill, (t,) or (t, b) for
+            contrast_weights, (..., n, d) for syrk, else (..., d).
         dtype: Of the activations.
         variant: "" or a way in which the inputs differ, see the functions below.
         model: The model whose shape this is; "" for a case of a test.
@@ -75,12 +76,46 @@ def _label_logits(case: Case, g: Generator) -> Inputs:
     return hidden, weight, labels, bias
 
 
+def _linear_cross_entropy(case: Case, g: Generator) -> Inputs:
+    """hidden, weight, labels, token_weights, bias; logits have a standard deviation of 2.
+
+    In a test every fourth label is ignored. Variants: "bias", not None; "ignored", all labels.
+    """
+    t, v, d = case.shape
+    labels = torch.randint(v, (t,), generator=g)
+    if not case.model:
+        labels[3::4] = -100
+    if case.variant == "ignored":
+        labels[:] = -100
+    weights = 1.0 + 4.0 * torch.rand(t, generator=g)
+    bias = _normal((v,), case.dtype, g) if case.variant == "bias" else None
+    hidden = _normal((t, d), case.dtype, g)
+    weight = (2.0 * d**-0.5 * torch.randn((v, d), generator=g)).to(case.dtype)
+    return hidden, weight, labels, weights, bias
+
+
 def _calibrate(case: Case, g: Generator) -> Inputs:
     """x, vision_mask, scale, shift. Variant "float32": the dtype of scale and shift."""
     *rows, d = case.shape
     dtype = torch.float32 if case.variant == "float32" else case.dtype
     mask = torch.rand(rows, generator=g) < 0.75
     return _normal(case.shape, case.dtype, g), mask, *(_normal((d,), dtype, g) for _ in range(2))
+
+
+def _contrast_weights(case: Case, g: Generator) -> Inputs:
+    """delta, on both sides of the clamp, and cu_seqlens, which is None for a shape of (t,).
+
+    Variant "packed": b samples of random lengths; in a test the second one is empty.
+    """
+    t, *samples = case.shape
+    delta = (2 + 4 * torch.randn(t, generator=g)).to(case.dtype)
+    if case.variant != "packed":
+        return delta, None
+    cuts = torch.randint(t + 1, (samples[0] - 1,), generator=g).sort().values
+    if not case.model:
+        cuts[1:2] = cuts[:1]
+    ends = torch.tensor([0, t])
+    return delta, torch.cat([ends[:1], cuts, ends[1:]]).to(torch.int32)
 
 
 def _structure_distill(case: Case, g: Generator) -> Inputs:
@@ -98,6 +133,21 @@ def _structure_distill(case: Case, g: Generator) -> Inputs:
     rows = sum(lengths)
     offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     return _features((rows, d), case.dtype, g), _features((rows, dt), case.dtype, g), offsets
+
+
+def _syrk(case: Case, g: Generator) -> Inputs:
+    """x, and y, which is None but for the variant "y". Variant "square": x is symmetric, y is x."""
+    *batch, n, d = case.shape
+    if case.variant == "square":
+        x = _symmetric(case.shape, case.dtype, g)
+        return x, x.clone()
+    x = _normal(case.shape, case.dtype, g)
+    return x, _symmetric((*batch, d, d), case.dtype, g) if case.variant == "y" else None
+
+
+def _symmetric(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Tensor:
+    half = torch.randn(shape, generator=g)
+    return (half + half.mT).to(dtype)
 
 
 def _features(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Tensor:
@@ -118,8 +168,11 @@ def _features(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Tenso
 _INPUTS: dict[str, Callable[[Case, Generator], Inputs]] = {
     "hadamard_reweight": _hadamard_reweight,
     "label_logits": _label_logits,
+    "linear_cross_entropy": _linear_cross_entropy,
     "calibrate": _calibrate,
+    "contrast_weights": _contrast_weights,
     "structure_distill": _structure_distill,
+    "syrk": _syrk,
 }
 
 # Empty, one element, each odd width, batched; 1025 spills over a power of two.
@@ -129,6 +182,12 @@ _PATCHES = [
     *((0, 3, 8, 8), (2, 0, 8, 3), (1, 1, 1, 1), (3, 1, 33, 65), (1, 5, 1, 3), (2, 2, 3, 1)),
     (2, 3, 3, 33),
     *((2, 7, 65, 127), (2, 17, 128, 64), (1, 33, 127, 65), (1, 65, 33, 3), (1, 70, 130, 16)),
+]
+_TOKENS = (0, 1, 2, 3, 127, 129, 1025)
+# No matrix, no row, one entry, odd sizes on both sides of a tile of 64, batches.
+_MATRICES = [
+    *((0, 3, 8), (0, 5), (2, 0, 3), (1, 1), (3, 7), (7, 3), (129, 33), (33, 127), (127, 129)),
+    *((2, 7, 33), (3, 2, 65, 16), (2, 130, 64)),
 ]
 _PACKED = [(0, 4, 8, 8), (3, 9, 3, 33), (5, 35, 33, 17), (4, 66, 65, 127)]
 _BF16 = torch.bfloat16
@@ -143,10 +202,26 @@ _CASES = [
         )
     ),
     *(Case("label_logits", (40, 2, 129), t, "bias") for t in DTYPES),  # 15 tokens a label
+    *(
+        Case("linear_cross_entropy", s, t)
+        for s, t in product(
+            [
+                *((0, 5, 8), (1, 1, 1), (4, 3, 2), (5, 9, 3), (8, 4, 7), (9, 5, 127)),
+                *((4, 1025, 7), (3, 7, 1025), (2, 5000, 3)),
+            ],
+            DTYPES,
+        )
+    ),
+    *(Case("linear_cross_entropy", s, t, "bias") for s, t in product([(9, 129, 33)], DTYPES)),
+    *(Case("linear_cross_entropy", (3, 8, 4), t, "ignored") for t in DTYPES),
     *(Case("calibrate", s, t) for s, t in product(_ROWS, DTYPES)),
     *(Case("calibrate", (2, 9, 33), t, "float32") for t in DTYPES),
+    *(Case("contrast_weights", (n,), t) for n, t in product(_TOKENS, DTYPES)),
+    *(Case("contrast_weights", (n, 5), t, "packed") for n, t in product(_TOKENS, DTYPES)),
     *(Case("structure_distill", s, t) for s, t in product(_PATCHES, DTYPES)),
     *(Case("structure_distill", s, t, "ragged") for s, t in product(_PACKED, DTYPES)),
+    *(Case("syrk", s, t, v) for s, t, v in product(_MATRICES, DTYPES, ("", "y"))),
+    *(Case("syrk", (2, 65, 65), t, "square") for t in DTYPES),
     # Vision tokens of 8 images, then a batch of 4 samples with their text.
     Case("hadamard_reweight", (576, 1024), _BF16, model="quick", quick=True),
     Case("hadamard_reweight", (8 * 576, 4096), _BF16, model="LLaVA-1.5-7B"),
@@ -155,10 +230,23 @@ _CASES = [
     Case("label_logits", (128, 1000, 1024), _BF16, model="quick", quick=True),
     Case("label_logits", (2048, 32064, 4096), _BF16, model="LLaVA-1.5-7B"),
     Case("label_logits", (2048, 152064, 3584), _BF16, model="Qwen2.5-VL-7B", large=True),
+    # The labels of a micro-batch; ignored ones are left out before the call.
+    Case("linear_cross_entropy", (128, 2000, 256), _BF16, model="quick", quick=True),
+    Case("linear_cross_entropy", (512, 49280, 576), torch.float32, model="SmolVLM-256M"),
+    Case("linear_cross_entropy", (512, 49280, 576), _BF16, model="SmolVLM-256M"),
+    Case("linear_cross_entropy", (2048, 32064, 4096), _BF16, model="LLaVA-1.5-7B", large=True),
+    Case("linear_cross_entropy", (2048, 152064, 3584), _BF16, model="Qwen2.5-VL-7B", large=True),
+    Case("linear_cross_entropy", (2048, 262208, 2560), _BF16, model="Gemma3-4B", large=True),
     Case("calibrate", (2, 288, 1024), _BF16, "float32", model="quick", quick=True),
     Case("calibrate", (4, 704, 4096), _BF16, "float32", model="LLaVA-1.5-7B"),
     Case("calibrate", (2, 3072, 4096), _BF16, "float32", model="LLaVA-NeXT-7B"),
     Case("calibrate", (4, 1536, 3584), _BF16, "float32", model="Qwen2.5-VL-7B"),
+    # The labels of a micro-batch, all positions of one as the released code takes them, and the
+    # labels of a step of 128 samples.
+    Case("contrast_weights", (1024, 8), variant="packed", model="quick", quick=True),
+    Case("contrast_weights", (2048, 16), variant="packed", model="LLaVA-1.5-7B"),
+    Case("contrast_weights", (2 * 3071,), model="LLaVA-NeXT-7B"),
+    Case("contrast_weights", (65536, 128), variant="packed", model="Qwen2.5-VL-7B"),
     # The model's patches against those of a ViT-L; ragged: images of several resolutions.
     Case("structure_distill", (2, 128, 256, 128), _BF16, model="quick", quick=True),
     Case("structure_distill", (4, 576, 4096, 1024), _BF16, model="LLaVA-1.5-7B"),
@@ -167,4 +255,12 @@ _CASES = [
     Case("structure_distill", (8, 256, 3584, 1024), _BF16, model="InternVL3-8B"),
     Case("structure_distill", (4, 1369, 1024, 1024), _BF16, model="DINOv2-L14-518px"),
     Case("structure_distill", (1, 4096, 384, 384), _BF16, model="ViT-S"),
+    # Hidden states into a Gram matrix, and the square of a Newton-Schulz step: one, and all layers.
+    Case("syrk", (512, 256), _BF16, "y", model="quick", quick=True),
+    Case("syrk", (4096, 576), _BF16, model="SmolVLM-256M"),
+    Case("syrk", (30, 576, 576), torch.float16, "square", model="SmolVLM-256M"),
+    Case("syrk", (1369, 1024), torch.float32, model="DINOv2-L14-518px"),
+    Case("syrk", (4096, 4096), _BF16, model="LLaVA-1.5-7B", large=True),
+    Case("syrk", (4096, 4096), torch.float16, "square", model="LLaVA-1.5-7B", large=True),
+    Case("syrk", (3584, 3584), torch.float16, "square", model="Qwen2.5-VL-7B", large=True),
 ]
