@@ -188,14 +188,19 @@ def mir(argv: list[str]) -> None:
     vlm, processor = options.load()
 
     from fastalign import diagnostics
-    from fastalign.data import Collator
+    from fastalign.data import Collator, plain_template
     from fastalign.progress import peak_memory_mib
 
-    limit = options.max_length or vlm.config.get_text_config().max_position_embeddings
+    if processor.chat_template is None:
+        processor.chat_template = plain_template(processor)
+        print(f"{type(processor).__name__} has no chat template: the text follows the image")
+    text_config = vlm.config.get_text_config()
+    limit = options.max_length or getattr(text_config, "max_position_embeddings", None)
     collate = Collator(processor, max_length=limit, on_overflow="truncate")
     size = options.batch_size
     groups = [records[i : i + size] for i in range(0, len(records), size)]
     device = next(vlm.model.parameters()).device
+    resamples = _resamples(options.resamples, len(records), vlm)
     start = time.perf_counter()
     result = diagnostics.measure_mir(
         vlm,
@@ -203,16 +208,35 @@ def mir(argv: list[str]) -> None:
         method=options.method,
         outliers=options.outliers,
         text=options.text,
+        resamples=resamples,
     )
     result |= {"samples": len(records), "seconds": time.perf_counter() - start}
     result |= {"peak_mib": peak_memory_mib(device), "device": str(device)}
     chosen = {name: getattr(options, name) for name in ("method", "outliers", "text", "seed")}
-    result |= {"model": options.model, "adapter": options.adapter, **chosen}
+    result |= {"model": options.model, "adapter": options.adapter, **chosen, "resamples": resamples}
     _show_mir(result)
     _write_json(options.json, result)
     if options.figure is not None:
         figure = diagnostics.plot_mir_per_layer({options.model.resolve().name: result})
         diagnostics.save_figure(figure, options.figure)
+
+
+def _resamples(wanted: int | None, samples: int, vlm: Any) -> int:
+    """Groups for the standard error: those wanted, or up to 10 as samples and memory allow."""
+    from fastalign.diagnostics._mir import free_memory
+    from fastalign.metrics import ModalityIntegrationRate
+
+    if wanted is not None:
+        return wanted
+    parameter = next(vlm.model.parameters())
+    metric = ModalityIntegrationRate(vlm.num_layers, vlm.hidden_size)
+    each, free = metric.memory_bound(parameter.dtype), free_memory(parameter.device)
+    fitting = min(10, samples, 10 if free is None else free // each)
+    if fitting >= 2:
+        return fitting
+    why = "one sample" if samples < 2 else f"{each / 1e9:.1f} GB each, {(free or 0) / 1e9:.1f} free"
+    print(f"no standard error: {why}")
+    return 0
 
 
 def _pairs(options: Mir) -> list[Any]:
@@ -255,6 +279,7 @@ def _progress(
             spent = time.perf_counter() - start
             rates = f"{tokens / spent:.0f} tokens/s  {samples / spent:.1f} images/s"
             bar.update(task, advance=1, text=f"{rates}  {peak():.0f} MiB")
+    print("distances of the layers ...", file=sys.stderr, flush=True)
 
 
 def _show_mir(result: dict[str, Any]) -> None:
@@ -269,6 +294,10 @@ def _show_mir(result: dict[str, Any]) -> None:
         f"{result['vision_tokens']} vision and {result['text_tokens']} text tokens, "
         f"{result['seconds']:.1f} s, peak {result['peak_mib']:.0f} MiB on {result['device']}"
     )
+    if result["resamples"]:
+        error = result["mir_standard_error"]
+        about = f"standard error over {result['resamples']} resamples"
+        print(f"MIR {result['mir']:.4f} ± {error:.4f} ({about})")
 
 
 def _table(

@@ -65,7 +65,8 @@ class Source:
 class Mir(Source):
     """Modality integration rate of a model over random pairs of images and texts.
 
-    The image is the prompt and the text the answer, in the model's own chat template.
+    The image is the prompt and the text the answer, in the processor's chat template; one without
+    a template gets `fastalign.data.plain_template`, which puts the text after the image.
 
     Attributes:
         images: Folder of images.
@@ -77,6 +78,8 @@ class Mir(Source):
         method: Of the square root; see `ModalityIntegrationRate`.
         outliers: What becomes of tokens of unusual norm.
         text: "after" counts only text behind the image, as the released code does.
+        resamples: Groups of pairs for the standard error of MIR; 0 for none. 10 by default, or as
+            many as the pairs, and the memory of so many metrics, allow.
     """
 
     images: Path
@@ -88,6 +91,7 @@ class Mir(Source):
     method: Literal["newton_schulz", "eigh", "official_fast"] = "newton_schulz"
     outliers: Literal["remove", "median", "keep"] = "remove"
     text: Literal["all", "after"] = "all"
+    resamples: int | None = None
 
 
 @dataclass(kw_only=True)

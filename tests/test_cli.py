@@ -69,7 +69,10 @@ def test_help_lists_every_command(capsys):
     ("command", "options"),
     [
         ("train", ["--config", "--print-config", "--json", "--learning-rate", "--cal.window"]),
-        ("mir", ["--model", "--images", "--texts", "--samples", "--json", "--figure"]),
+        (
+            "mir",
+            ["--model", "--images", "--texts", "--samples", "--json", "--figure", "--resamples"],
+        ),
         ("heatmap", ["--model", "--image", "--text", "--html", "--figure", "--json"]),
         ("doctor", ["--json"]),
     ],
@@ -266,6 +269,10 @@ def test_mir(folder, tmp_path, capsys):
     assert f"MIR {result['mir']:.4f}: 3 samples, 192 vision" in shown
     assert len(result["fid"]) == 4 and result["vision_tokens"] == 192
     assert result["seconds"] > 0 and result["peak_mib"] > 0 and result["device"] == "cpu"
+    # Ten groups by default, but there are three samples.
+    assert result["resamples"] == 3 and result["mir_standard_error"] > 0
+    error = f"MIR {result['mir']:.4f} ± {result['mir_standard_error']:.4f}"
+    assert f"{error} (standard error over 3 resamples)" in shown
     assert files[1].stat().st_size > 1000
 
 
@@ -278,8 +285,30 @@ def test_mir_cuts_long_texts_and_never_images(folder, tmp_path, capsys):
     # 256 is what the model can take, 64 of them image tokens.
     result = json.loads(report.read_text())
     assert (result["vision_tokens"], result["text_tokens"]) == (64, 192)
-    assert "longer than" not in capsys.readouterr().err
+    assert result["resamples"] == 0 and "mir_standard_error" not in result
+    shown = capsys.readouterr()
+    assert "longer than" not in shown.err and "no standard error: one sample" in shown.out
     assert "images are never cut" in fails(capsys, "mir", *where, "--max-length", 20)
+
+
+def test_mir_resamples_as_memory_allows(folder, tmp_path, monkeypatch, capsys):
+    from fastalign.diagnostics import _mir
+
+    where = ["--model", folder / "tiny", "--images", folder / "images", "--texts", folder / "texts"]
+    argv = [str(a) for a in ["mir", *where, "--json", tmp_path / "r.json", "--device", "cpu"]]
+    monkeypatch.setattr(_mir, "free_memory", lambda device: 1000)
+    with pytest.warns(UserWarning, match="covariance is singular"):
+        assert cli.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "no standard error: " in shown and "GB each" in shown and "±" not in shown
+    assert "mir_standard_error" not in json.loads((tmp_path / "r.json").read_text())
+    # Asked for, it is not left out in silence.
+    assert "resamples = 2 may take" in fails(capsys, *argv, "--resamples", 2)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="covariance is singular"):
+        assert cli.main([*argv, "--resamples", "2"]) == 0
+    assert "(standard error over 2 resamples)" in capsys.readouterr().out
+    assert "resamples must be 0, or at least 2" in fails(capsys, *argv, "--resamples", 1)
 
 
 def test_mir_errors(folder, tmp_path, capsys):

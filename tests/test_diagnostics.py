@@ -93,6 +93,38 @@ def test_measuring_leaves_the_model_as_it_was(vlm, batches):
         vlm.model.eval()
 
 
+def test_mir_standard_error_is_that_of_leaving_groups_out(vlm, batches):
+    result = diagnostics.measure_mir(vlm, batches, resamples=3)
+    plain = diagnostics.measure_mir(vlm, batches)
+    assert result["fid"] == pytest.approx(plain["fid"], rel=1e-9)
+    assert result["vision_tokens"] == plain["vision_tokens"]
+    # Three samples, three groups: MIR of each pair of samples.
+    first, second = batches
+    one = {k: v[:1] for k, v in first.items()}
+    other = {k: v[1:2] for k, v in first.items()}
+    pairs = [[other, second], [one, second], [first]]
+    values = [diagnostics.measure_mir(vlm, pair)["mir"] for pair in pairs]
+    mean = sum(values) / 3
+    error = math.sqrt(2 / 3 * sum((value - mean) ** 2 for value in values))
+    assert result["mir_standard_error"] == pytest.approx(error, rel=1e-6)
+    assert error > 0 and "mir_standard_error" not in plain
+
+
+def test_resamples_must_fit(vlm, batches, monkeypatch):
+    with pytest.raises(ValueError, match="resamples must be 0, or at least 2: got 1"):
+        diagnostics.measure_mir(vlm, batches, resamples=1)
+    with pytest.raises(ValueError, match="at most the number of samples: got 4 and 3"):
+        diagnostics.measure_mir(vlm, batches, resamples=4)
+    monkeypatch.setattr("fastalign.diagnostics._mir.free_memory", lambda device: 10**6)
+    with pytest.raises(ValueError, match=r"resamples = 9 may take .* GB on cpu, of which 0\.0 GB"):
+        diagnostics.measure_mir(vlm, batches, resamples=9)
+
+
+def test_measuring_builds_no_list_of_hidden_states(vlm, batches, monkeypatch):
+    monkeypatch.setattr(type(vlm), "hidden_states", None)
+    assert diagnostics.measure_mir(vlm, batches)["layer"] == [1, 2, 3, 4]
+
+
 def test_mir_needs_both_modalities(vlm, batches):
     words = {"input_ids": torch.tensor([[1, 5, 6]]), "attention_mask": torch.ones(1, 3).long()}
     with pytest.raises(ValueError, match="image tokens and text tokens: got {'vision_tokens': 0"):

@@ -1,13 +1,10 @@
 import math
-import os
 import pickle
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from _mir_ranks import hidden_states
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,17 +27,6 @@ def orthogonal(d: int) -> Tensor:
 def gaussian(d: int, *batch: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(*batch, d, 2 * d, dtype=torch.float64)
     return torch.randn(*batch, d, dtype=torch.float64), x @ x.mT / d
-
-
-def hidden_states(layers: int, rows: tuple[int, int], d: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Correlated rows with means apart, and one row in a hundred at eight times the norm."""
-    modalities = []
-    for shift, n in zip((0.5, -0.25), rows, strict=True):
-        x = [torch.randn(n, d) @ torch.randn(d, d) / d**0.5 + shift for _ in range(layers)]
-        for layer in x:
-            layer[:: max(n // 3, 100)] *= 8
-        modalities.append(x)
-    return modalities[0], modalities[1]
 
 
 def by_definition(vision: list[Tensor], text: list[Tensor], outliers: str = "remove") -> Tensor:
@@ -409,6 +395,8 @@ def test_bad_settings():
         ModalityIntegrationRate(1, 2, outliers=None)
     with pytest.raises(ValueError, match="num_layers must be above 0: got 0"):
         ModalityIntegrationRate(0, 2)
+    with pytest.raises(ValueError, match="compute_on_cpu must be False"):
+        ModalityIntegrationRate(1, 2, compute_on_cpu=True)
     with pytest.raises(ValueError, match="vision must hold one tensor.*got no layer"):
         modality_integration_rate([], [])
 
@@ -455,71 +443,7 @@ def test_text_of_zeros_is_named():
         assert modality_integration_rate([torch.randn(9, 2)], [torch.zeros(9, 2)]).isnan()
 
 
-# Two processes
-
-
-def shares() -> list[tuple[list[Tensor], list[Tensor]]]:
-    """What each of two ranks sees: of vision the second has ten rows, in another dtype."""
-    torch.manual_seed(3)
-    vision, text = hidden_states(2, (3000, 3200), 6)
-    first = [x[:2990] for x in vision], [x[:1900] for x in text]
-    second = [x[2990:].bfloat16() for x in vision], [x[1900:] for x in text]
-    return [first, second]
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
-    results = {}
-    for outliers in OUTLIERS:
-        metric = ModalityIntegrationRate(2, 6, outliers=outliers)
-        vision, text = shares()[rank]
-        metric.update(vision, text)
-        results[outliers] = metric.per_layer(), metric.accepted, torch.cat(metric.norms_vision_0)
-    # A rank without any update must not stall or spoil the others.
-    metric = ModalityIntegrationRate(2, 6)
-    if rank == 0:
-        metric.update(*shares()[0])
-    results["alone"] = metric.per_layer()
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_agree_with_one(tmp_path: Path):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, text=True)
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    first, second = shares()
-    for outliers in OUTLIERS:
-        single = ModalityIntegrationRate(2, 6, outliers=outliers)
-        single.update(*first)
-        single.update(*second)
-        expected = single.per_layer()
-        for rank in range(2):
-            torch.testing.assert_close(results[rank][outliers][0], expected, rtol=1e-6, atol=0)
-        # After the join each rank has its own rows again.
-        own = ModalityIntegrationRate(2, 6, outliers=outliers)
-        own.update(*first)
-        assert torch.equal(results[0][outliers][1], own.accepted)
-        assert torch.equal(results[0][outliers][2], torch.cat(own.norms_vision_0))
-    own = ModalityIntegrationRate(2, 6)
-    own.update(*first)
-    torch.testing.assert_close(results[0]["alone"], own.per_layer())
-    torch.testing.assert_close(results[1]["alone"], own.per_layer())
+# Other ways to gather
 
 
 def test_a_gather_function_of_the_caller_is_used():
@@ -540,7 +464,3 @@ def test_public_names():
         "frechet_distance",
         "modality_integration_rate",
     }
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2])

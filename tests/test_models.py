@@ -1,13 +1,14 @@
 """What `VLM` sees of a model: image tokens, hidden states, labels, and the pass without images."""
 
 import types
+import weakref
 
 import pytest
 import torch
 
 import fastalign
 from fastalign.models import VLM, gaussian_blur, patch_mask
-from fastalign.testing.families import family, family_batch, samples_for
+from fastalign.testing.families import FAMILIES, RECURRENT, family, family_batch, samples_for
 from fastalign.testing.models import IMAGE, TOKENS, llava_batch, tiny_llava
 
 MIXED = ["ttityyy", "tyyy", "yityiyy", "tttiyyyyty"]
@@ -29,6 +30,56 @@ def test_hidden_states_are_those_of_transformers():
     assert len(ours) == len(theirs) == 3
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert torch.equal(chosen[0], theirs[2]) and torch.equal(chosen[1], theirs[0])
+
+
+def test_each_layer_shows_hidden_states_one_by_one():
+    vlm, batch = VLM(tiny_llava()), llava_batch(MIXED)
+    seen = []
+
+    def visit(k, hidden):
+        seen.append((k, hidden.clone()))
+        return hidden + 1  # what a visitor returns changes nothing
+
+    with torch.no_grad():
+        expected = vlm.hidden_states(batch)
+        vlm.each_layer(batch, visit)
+    assert [k for k, _ in seen] == [1, 2, 3]
+    assert all(torch.equal(a, b) for (_, a), b in zip(seen, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES + RECURRENT)
+def test_each_layer_of_every_family(name):
+    model = family(name)
+    vlm, batch = VLM(model), family_batch(name, model, samples_for(name))
+    seen = []
+    with torch.no_grad():
+        vlm.each_layer(batch, lambda k, hidden: seen.append(hidden.clone()))
+        expected = vlm.hidden_states(batch)
+    assert len(seen) == vlm.num_layers
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+def test_each_layer_keeps_no_layer():
+    vlm, batch = VLM(tiny_llava()), llava_batch(MIXED)
+    outputs, alive = [], []
+
+    def visit(k, hidden):
+        alive.append([output() is not None for output in outputs[:-1]])
+        outputs.append(weakref.ref(hidden))
+
+    with torch.no_grad():
+        vlm.each_layer(batch, visit)
+    # While layer k is shown, only its input, of layer k - 1, may still be in use.
+    assert alive == [[], [], [False]]
+    assert all(output() is None for output in outputs)
+
+    def stop(k, hidden):
+        raise RuntimeError("enough")
+
+    before = [len(hooks) for m in vlm.model.modules() for hooks in _hooks(m)]
+    with pytest.raises(RuntimeError, match="enough"):
+        vlm.each_layer(batch, stop)
+    assert [len(hooks) for m in vlm.model.modules() for hooks in _hooks(m)] == before
 
 
 def test_a_view_leaves_the_model_untouched():

@@ -7,6 +7,7 @@ cut, and no label is ever an image token.
 
 from fastalign.data._collate import IGNORE_INDEX as IGNORE_INDEX
 from fastalign.data._collate import Collator as Collator
+from fastalign.data._processors import plain_template as plain_template
 from fastalign.data._records import IMAGE_MARK as IMAGE_MARK
 from fastalign.data._records import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from fastalign.data._records import Record as Record

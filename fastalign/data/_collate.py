@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
+from fastalign.data._processors import ALIGNED, encode, image_ids, join, marks_answers
 from fastalign.data._records import (
     IMAGE_MARK,
     Record,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 
-_ALIGNED = frozenset({"mm_token_type_ids", "token_type_ids"})  # one value a token, 0 for text
 _log = logging.getLogger("fastalign.data")
 
 
@@ -83,7 +83,8 @@ class Collator:
         self.on_overflow = on_overflow
         self.on_error = on_error
         tokenizer = processor.tokenizer
-        self._image_ids = _image_ids(processor)
+        self._image_ids = image_ids(processor)
+        self._marks_answers = marks_answers(processor)
         # Only what the tokenizer itself would put first; a template that writes it is left alone.
         self._bos_text = tokenizer.bos_token
         self._bos = [i for i in tokenizer("a")["input_ids"][:1] if i == tokenizer.bos_token_id]
@@ -135,9 +136,11 @@ class Collator:
             ids, extra = self._encode(text, before, images[:shown])
             del images[:shown]
             aligned = {
-                key: extra.pop(key)[0].tolist()[-len(ids) :] for key in _ALIGNED & extra.keys()
+                key: extra.pop(key)[0].tolist()[-len(ids) :] for key in ALIGNED & extra.keys()
             }
-            if not sample.ids and not (self._bos_text and text.startswith(self._bos_text)):
+            # A processor may put it behind the images (PaliGemma, the Q-Former models).
+            starts = bool(self._bos_text) and text.startswith(self._bos_text)
+            if not sample.ids and not starts and set(self._bos).isdisjoint(ids):
                 ids = self._bos + ids
             if is_answer and self._eos and self._eos[0] not in ids:
                 ids = ids + self._eos
@@ -146,6 +149,8 @@ class Collator:
                     f"conversations must not spell the image token {self.processor.image_token!r}: "
                     f"got it in the text of {'an answer' if is_answer else 'a prompt'}"
                 )
+            if is_answer and self._marks_answers:
+                aligned["token_type_ids"] = [1] * len(ids)
             for key in aligned.keys() | sample.aligned.keys():
                 values = aligned.get(key, [])
                 known = sample.aligned.setdefault(key, [])
@@ -198,15 +203,7 @@ class Collator:
         return self._call(text, images)
 
     def _call(self, text: str, images: list[Image.Image]) -> tuple[list[int], dict[str, Tensor]]:
-        if not images:
-            return self._tokens(text), {}
-        out = dict(
-            self.processor(
-                text=[text], images=[images], add_special_tokens=False, return_tensors="pt"
-            )
-        )
-        out.pop("attention_mask", None)
-        return out.pop("input_ids")[0].tolist(), out
+        return encode(self.processor, text, images) if images else (self._tokens(text), {})
 
     def _tokens(self, text: str) -> list[int]:
         if not text:
@@ -257,8 +254,8 @@ class Collator:
         }
         for key in sorted({key for s in samples for key in s.aligned}):
             batch[key] = padded((s.aligned.get(key, []) for s in samples), 0)
-        for key in sorted({key for s in samples for key in s.tensors}):
-            batch[key] = _join(key, [x for s in samples for x in s.tensors.get(key, [])])
+        keys = {key for s in samples for key in s.tensors}
+        batch |= join({key: [x for s in samples for x in s.tensors.get(key, [])] for key in keys})
         return batch
 
 
@@ -271,28 +268,3 @@ def _message(turn: Turn) -> dict[str, Any]:
         if text := piece.strip("\n") if IMAGE_MARK in turn.text else piece:
             content.append({"type": "text", "text": text})
     return {"role": turn.role, "content": content}
-
-
-def _image_ids(processor: Any) -> frozenset[int]:
-    ids = {processor.tokenizer.convert_tokens_to_ids(processor.image_token)}
-    ids |= {
-        getattr(processor, "image_token_id", None),
-        *(getattr(processor, "image_token_ids", ())),
-    }
-    return frozenset(i for i in ids if isinstance(i, int))
-
-
-def _join(key: str, values: list[Tensor]) -> Tensor:
-    """Tensors of all images, one after the other; images cut into fewer tiles get empty ones."""
-    if values[0].ndim == 5:  # (images, tiles, channels, height, width), LLaVA-NeXT and its kin
-        tiles = max(value.shape[1] for value in values)
-        values = [
-            torch.cat([v, v.new_zeros(len(v), tiles - v.shape[1], *v.shape[2:])], 1) for v in values
-        ]
-    if any(value.shape[1:] != values[0].shape[1:] for value in values):
-        raise ValueError(
-            f"{key} must have one shape for all images of a batch: got "
-            f"{sorted({tuple(value.shape[1:]) for value in values})}; "
-            "let the image processor resize to one size, or pass one record at a time"
-        )
-    return torch.cat(values)

@@ -25,6 +25,7 @@ from fastalign.integrations._engine import (
     load_weights,
     make_objective,
 )
+from fastalign.integrations._mir_callback import MIRCallback as MIRCallback
 from fastalign.models import VLM
 from fastalign.objectives import DeepAlignState, Terms
 

@@ -261,6 +261,35 @@ class VLM:
         out = self.forward(batch, chosen)
         return [out.layers[k] for k in chosen]
 
+    def each_layer(self, batch: Batch, visit: Callable[[int, Tensor], None]) -> None:
+        """Run the model without its logits and show each decoder layer's output as it comes.
+
+        The outputs are those of `hidden_states`, but no list of them is built: each may be freed,
+        or written to by the model, once the next layer runs.
+
+        Args:
+            batch: See the class; `labels` are not passed on.
+            visit: Called with k = 1 to `num_layers`, in order, and the output (b, L, d) of layer k,
+                the last after the final norm. It copies what it keeps.
+
+        Raises:
+            ValueError: An input is missing that the model would do without in silence.
+        """
+
+        def show(k: int) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                visit(k, first_tensor(output))
+
+            return hook
+
+        stages = [*self.layers[:-1], self.decoder]
+        handles = [stage.register_forward_hook(show(k)) for k, stage in enumerate(stages, 1)]
+        try:
+            self._run(batch, (), None)
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def label_logits(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Logit of one token per row, (m, d), (m,) -> (m,) float32 (float64 of float64)."""
         weight: Tensor = self.head.weight
