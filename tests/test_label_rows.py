@@ -135,3 +135,41 @@ def _fail(module, args):
 def test_interleaving_without_an_image_is_a_plain_forward():
     vlm = VLM(tiny_llava())
     assert torch.equal(vlm.contrast(llava_batch(["tyy"]), interleave=True), torch.zeros(2))
+
+
+def computed_rows(model, run):
+    """Rows that the MLP of the first layer computes in each forward of `run`."""
+    seen = []
+    mlp = model.get_decoder().layers[0].mlp.down_proj
+    handle = mlp.register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1].numel()))
+    run()
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("interleave", [False, True])
+def test_tokens_before_the_image_are_not_computed_twice(interleave):
+    model = tiny_llava(head_scale=4.0, dtype=torch.float64)
+    # The first label follows the image directly: its predictor, the last "t" before it, is needed.
+    samples = ["ttttttiyyy", "ttttitty"]
+    vlm, batch = VLM(model), llava_batch(samples, dtype=torch.float64)
+    rows = computed_rows(model, lambda: vlm.contrast(batch, interleave=interleave))
+    # Before the image 5 of 6 and 4 of 4; the last labels predict nothing.
+    assert rows == [batch["input_ids"].numel(), 1 + 2 + 2]
+    out = vlm.forward(batch)
+    whole = computed_rows(model, lambda: vlm.contrast_from(batch, out))
+    assert whole == [6 + 2 + 4 + 2]
+    torch.testing.assert_close(
+        vlm.contrast(batch, interleave=interleave),
+        vlm.contrast_from(batch, out),
+        atol=1e-5,  # transformers' norms round to float32
+        rtol=1e-5,
+    )
+    assert vlm.contrast(batch).abs().max() > 1
+
+
+def test_a_short_prefix_is_computed_again():
+    model = tiny_llava()
+    vlm, batch = VLM(model), llava_batch(["t" + "i" + "t" * 12 + "yy"])
+    rows = computed_rows(model, lambda: vlm.contrast(batch))
+    assert rows == [batch["input_ids"].numel(), 1 + 12 + 1]

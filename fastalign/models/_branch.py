@@ -4,8 +4,8 @@ It starts from what the model handed to its decoder in the forward with the imag
 no code of its own for a family: embeddings, positions and masks are those of the kept tokens.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.models._masks import cut_mask, without_columns
-from fastalign.models._module import evaluating
+from fastalign.models._module import evaluating, split_hidden
 from fastalign.models._packed import LAYER_TYPES, Segments, packed
 from fastalign.models._rows import only_rows, take_rows
 
@@ -27,6 +27,10 @@ _IMAGE_INPUTS = {
     "cross_attention_mask",
     "full_text_row_masked_out_mask",
 }
+
+
+# A prefix shorter than this share of the kept tokens costs as much to copy as to compute.
+_WORTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Plan:
             label's logit.
         predictors: Place of each active label's predictor in the flattened batch, (active,): the
             last kept token at or before the column that predicts it with the image.
+        prefix: Kept tokens before the first image that predict no active label, (b, L) bool. No
+            image changes their states, so that the forward with the image has them already.
     """
 
     labels: Tensor
@@ -52,6 +58,12 @@ class Plan:
     active: Tensor
     keep: Tensor
     predictors: Tensor
+    prefix: Tensor
+
+    def prefix_rows(self) -> Tensor | None:
+        """Places of the prefix in the flattened batch; None where it is not worth the copies."""
+        rows = self.prefix.flatten().nonzero()[:, 0]
+        return rows if len(rows) > _WORTH * int(self.keep.sum()) else None
 
 
 def make_plan(image: Tensor, text: Tensor, rows: Tensor, cols: Tensor, labels: Tensor) -> Plan:
@@ -72,8 +84,10 @@ def make_plan(image: Tensor, text: Tensor, rows: Tensor, cols: Tensor, labels: T
     samples, at = rows[active], before[active]
     end = torch.full((b,), -1, device=image.device).scatter_reduce(0, samples, at, "amax")
     keep = text & (column <= end[:, None])
-    places = rows * length + cols
-    return Plan(labels, places, after_image, active, keep, samples * length + at)
+    places, predictors = rows * length + cols, samples * length + at
+    before_image = keep & (image.cumsum(1) == 0)
+    prefix = before_image.flatten().index_fill(0, predictors, False).view_as(keep)
+    return Plan(labels, places, after_image, active, keep, predictors, prefix)
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,8 @@ class Layout:
         shape: Of the tokens, (1, T) packed, else (samples, longest).
         segments: Of a packed row; None of padded ones.
         backend: Of its attention.
+        prefix: Places of the tokens whose states come from the forward with the image; None: none.
+        computed: Places of the others.
     """
 
     inputs: dict[str, Any]
@@ -93,12 +109,26 @@ class Layout:
     shape: tuple[int, int]
     segments: Segments | None = None
     backend: str = "auto"
+    prefix: Tensor | None = None
+    computed: Tensor | None = None
 
     def attention(self, module: nn.Module) -> AbstractContextManager[Any]:
         """The context in which a decoder or a layer attends within the segments only."""
         if self.segments is None:
             return nullcontext()
         return packed(module, self.segments, self.backend)
+
+    def rows_of(self, layer: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """The context in which a layer computes only the rows that are needed of it."""
+        rows = self.predictors if last else self.computed
+        return nullcontext() if rows is None else only_rows(layer, rows, self.shape)
+
+    def with_prefix(self, hidden: Tensor, states: Tensor | None) -> Tensor:
+        """A layer's input with the prefix's states from the forward with the image in place."""
+        if self.prefix is None or states is None:
+            return hidden
+        flat = hidden.flatten(0, 1).index_copy(0, self.prefix, states.to(hidden.dtype))
+        return flat.view_as(hidden)
 
 
 class Branch:
@@ -134,7 +164,9 @@ class Branch:
                 "packed=False drops the image tokens in padded rows"
             )
 
-    def layout(self, captured: dict[str, Any], plan: Plan, packed: bool, backend: str) -> Layout:
+    def layout(
+        self, captured: dict[str, Any], plan: Plan, packed: bool, backend: str, reuse: bool = False
+    ) -> Layout:
         """The kept tokens as arguments of the decoder.
 
         Args:
@@ -143,6 +175,7 @@ class Branch:
             packed: One row of all samples, where the model hands its decoder no masks of its own;
                 else right-padded rows.
             backend: Attention of the packed row.
+            reuse: Whether the states of the prefix are at hand.
         """
         self.check(packed)
         mask = captured.get("attention_mask")
@@ -158,7 +191,9 @@ class Branch:
             )
         embeds, positions = self.tokens(captured)
         if packed and not own_masks:
-            return _packed_layout(embeds, positions, plan, backend)
+            # Cross-attention reaches tokens before the image, too.
+            reuse = reuse and captured.get("cross_attention_states") is None
+            return _packed_layout(embeds, positions, plan, backend, reuse)
         if self.window is not None and not own_masks and plan.keep.shape[1] > self.window:
             raise ValueError(
                 f"packed must be True for {self.name} and sequences longer than its sliding "
@@ -180,14 +215,26 @@ class Branch:
                 positions = (mask.cumsum(1) - 1).clamp_min(0)
         return embeds, positions.expand(*positions.shape[:-2], *embeds.shape[:2])
 
-    def run(self, layout: Layout) -> Tensor:
-        """Hidden states of the predictors, (active, d), in a forward of its own."""
-        last = self.layers[-1]
-        with (
-            evaluating(self.decoder),
-            layout.attention(self.decoder),
-            only_rows(last, layout.predictors, layout.shape),
-        ):
+    def run(self, layout: Layout, prefix: dict[nn.Module, Tensor]) -> Tensor:
+        """Hidden states of the predictors, (active, d), in a forward of its own.
+
+        Args:
+            layout: The kept tokens.
+            prefix: Input of each layer at the prefix, (k, d), where the layout has one.
+        """
+
+        def insert(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            hidden, args, kwargs = split_hidden(args, kwargs)
+            return (layout.with_prefix(hidden, prefix.get(layer)), *args), kwargs
+
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.decoder))
+            stack.enter_context(layout.attention(self.decoder))
+            for layer in self.layers:
+                stack.enter_context(layout.rows_of(layer, last=layer is self.layers[-1]))
+                if layout.prefix is not None:
+                    handle = layer.register_forward_pre_hook(insert, with_kwargs=True)
+                    stack.callback(handle.remove)
             out = self.decoder(**layout.inputs)
         return take_rows(out[0], layout.predictors)
 
@@ -220,7 +267,9 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _packed_layout(embeds: Tensor, positions: Tensor, plan: Plan, backend: str) -> Layout:
+def _packed_layout(
+    embeds: Tensor, positions: Tensor, plan: Plan, backend: str, reuse: bool
+) -> Layout:
     """All kept tokens in one row, sample after sample."""
     segments = Segments.from_mask(plan.keep)
     chosen = segments.rows * plan.keep.shape[1] + segments.positions
@@ -231,7 +280,11 @@ def _packed_layout(embeds: Tensor, positions: Tensor, plan: Plan, backend: str) 
         "use_cache": False,
     }
     place = plan.keep.flatten().cumsum(0) - 1
-    return Layout(inputs, place[plan.predictors], (1, len(chosen)), segments, backend)
+    layout = Layout(inputs, place[plan.predictors], (1, len(chosen)), segments, backend)
+    if not reuse:
+        return layout
+    prefix = plan.prefix.flatten()[chosen]
+    return replace(layout, prefix=prefix.nonzero()[:, 0], computed=(~prefix).nonzero()[:, 0])
 
 
 def _padded_layout(embeds: Tensor, positions: Tensor, mask: Any, plan: Plan) -> Layout:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.models._branch import Plan, make_plan
 from fastalign.models._corrupt import corrupt
@@ -34,11 +34,13 @@ class Forward:
         hidden: Output of the decoder after its final norm, (b, L, d).
         layers: Outputs of the decoder layers that were asked for, {k: (b, L, d)}, k from 1.
         decoder_inputs: The keyword arguments that the model handed to its decoder.
+        prefix: Input of each decoder layer at some rows, (k, d), where the contrast asked for it.
     """
 
     hidden: Tensor
     layers: dict[int, Tensor]
     decoder_inputs: dict[str, Any]
+    prefix: dict[nn.Module, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Contrast:
         interleave = is_sharded(vlm.layers) if self.interleave is None else self.interleave
         if self.mode == "drop" and interleave:
             return self._interleaved(vlm, batch, plan)
-        out = vlm._run(batch, (), plan.rows)
+        prefix = plan.prefix_rows() if self.mode == "drop" and self.packed else None
+        out = vlm._run(batch, (), plan.rows, prefix_rows=prefix)
         return out, self._given(vlm, batch, out, plan)
 
     def given(self, vlm: VLM, batch: Batch, out: Forward) -> Tensor:
@@ -74,8 +77,9 @@ class Contrast:
             hidden = []
             if len(plan.predictors):
                 captured = out.decoder_inputs
-                layout = vlm._branch.layout(captured, plan, self.packed, self.backend)
-                hidden = [vlm._branch.run(layout)]
+                reuse = out.prefix is not None
+                layout = vlm._branch.layout(captured, plan, self.packed, self.backend, reuse)
+                hidden = [vlm._branch.run(layout, out.prefix or {})]
             return _dropped(vlm, out, plan, hidden)
         if self.mode == "mask":
             image, text = vlm.vision_mask(batch), vlm.text_mask(batch)
@@ -89,12 +93,15 @@ class Contrast:
 
     def _interleaved(self, vlm: VLM, batch: Batch, plan: Plan) -> tuple[Forward, Tensor]:
         streams: list[SideStream] = []
+        prefix = plan.prefix_rows() if self.packed else None
 
         def begin(captured: dict[str, Any]) -> None:
             with torch.no_grad():
                 if len(plan.predictors):
-                    layout = vlm._branch.layout(captured, plan, self.packed, self.backend)
-                    streams.append(SideStream(vlm._branch, layout))
+                    layout = vlm._branch.layout(
+                        captured, plan, self.packed, self.backend, prefix is not None
+                    )
+                    streams.append(SideStream(vlm._branch, layout, prefix))
 
         try:
             out = vlm._run(batch, (), plan.rows, begin)

@@ -39,6 +39,16 @@ def first_tensor(output: Any) -> Tensor:
     return hidden
 
 
+def split_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states that a layer is called with, and its other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return kwargs["hidden_states"], (), others
+
+
 _RUNNING: ContextVar[nn.Module | None] = ContextVar("fastalign_running", default=None)
 
 

@@ -1,7 +1,7 @@
 """The image-free forward layer by layer with the forward with the image."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastalign.models._branch import Branch, Layout
-from fastalign.models._module import evaluating, first_tensor
-from fastalign.models._rows import only_rows, take_rows
+from fastalign.models._module import evaluating, first_tensor, split_hidden
+from fastalign.models._rows import take_rows
 
 
 @dataclass
@@ -25,6 +25,7 @@ class SideStream:
 
     branch: Branch
     layout: Layout
+    prefix_rows: Tensor | None
     _hidden: Tensor = field(init=False)
     _calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = field(init=False)
     _handles: list[RemovableHandle] = field(init=False)
@@ -36,10 +37,10 @@ class SideStream:
         self._calls = {}
         self._without_layers(self._record)
         self._recording = False
-        self._hidden = next(iter(self._calls.values()))[0][0]
         # Before an engine's own hooks, which give the gathered weights back.
         self._handles = [
-            layer.register_forward_hook(self._follow, prepend=True) for layer in self._calls
+            layer.register_forward_hook(self._follow, prepend=True, with_kwargs=True)
+            for layer in self._calls
         ]
 
     def _without_layers(self, call: Any) -> Any:
@@ -65,25 +66,27 @@ class SideStream:
         return args[0] if self._recording and self._calls else part.forward(*args, **kwargs)
 
     def _record(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not args:
-            args, kwargs = (kwargs["hidden_states"],), {**kwargs}
-            del kwargs["hidden_states"]
+        hidden, args, kwargs = split_hidden(args, kwargs)
+        if not self._calls:
+            self._hidden = hidden
         self._calls[layer] = args, kwargs
-        return args[0]
+        return hidden
 
-    def _follow(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def _follow(self, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if layer not in self._calls:  # a recomputation of an activation checkpoint
             return
-        (_, *others), kwargs = self._calls.pop(layer)
+        given = self._calls.pop(layer)
         dtype = first_tensor(output).dtype
-        arguments = torch.utils._pytree.tree_map_only(
-            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (others, kwargs)
+        others, named = torch.utils._pytree.tree_map_only(
+            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, given
         )
-        last = layer is self.branch.layers[-1]
-        rows = only_rows(layer, self.layout.predictors, self.layout.shape)
-        attention = self.layout.attention(layer)
-        with evaluating(layer), attention, rows if last else nullcontext():
-            out = layer.forward(self._hidden.to(dtype), *arguments[0], **arguments[1])
+        states = None
+        if self.prefix_rows is not None:
+            states = take_rows(split_hidden(args, kwargs)[0].detach(), self.prefix_rows)
+        hidden = self.layout.with_prefix(self._hidden.to(dtype), states)
+        rows = self.layout.rows_of(layer, last=layer is self.branch.layers[-1])
+        with evaluating(layer), self.layout.attention(layer), rows:
+            out = layer.forward(hidden, *others, **named)
         self._hidden, self._tuples = first_tensor(out), isinstance(output, tuple)
 
     def close(self) -> None:

@@ -22,8 +22,9 @@ from fastalign.models._module import (
     first_tensor,
     last_row,
     layer_stack,
+    split_hidden,
 )
-from fastalign.models._rows import only_rows
+from fastalign.models._rows import only_rows, take_rows
 from fastalign.models._side_stream import is_sharded
 from fastalign.models._stand_in import stand_in_image
 from fastalign.ops._check import check_one_of
@@ -194,6 +195,7 @@ class VLM:
         layers: Sequence[int],
         rows: Tensor | None,
         on_decoder: Callable[[dict[str, Any]], None] = lambda captured: None,
+        prefix_rows: Tensor | None = None,
     ) -> Forward:
         """`forward`, as the contrast needs it.
 
@@ -201,6 +203,7 @@ class VLM:
             batch, layers: See `forward`.
             rows: Places in the flattened batch of the rows wanted of the last layer; None for all.
             on_decoder: Sees what the decoder is handed, before its layers run.
+            prefix_rows: Places in the flattened batch at which every layer's input is kept.
         """
         for k in layers:
             if not 1 <= k <= self.num_layers:
@@ -219,6 +222,16 @@ class VLM:
         handles = [
             self.layers[k - 1].register_forward_hook(keep(k)) for k in layers if k < self.num_layers
         ]
+        prefix: dict[nn.Module, Tensor] = {}
+
+        def remember(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            assert prefix_rows is not None
+            prefix[layer] = take_rows(split_hidden(args, kwargs)[0].detach(), prefix_rows)
+
+        if prefix_rows is not None:
+            handles += [
+                layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in self.layers
+            ]
         handles.append(self.decoder.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(self.decoder.register_forward_hook(keep(self.num_layers)))
         inputs = {k: v for k, v in batch.items() if k in self._inputs}
@@ -239,7 +252,7 @@ class VLM:
             self._transform = find_transform(self.model, raw[0], output["logits"])
         if zero is not None:
             kept[self.num_layers] = kept[self.num_layers] + zero.to(kept[self.num_layers].dtype)
-        return Forward(kept[self.num_layers], {k: kept[k] for k in layers}, seen)
+        return Forward(kept[self.num_layers], {k: kept[k] for k in layers}, seen, prefix or None)
 
     def _check_inputs(self, batch: Batch) -> None:
         """Raise where transformers would take one-dimensional positions in silence."""
