@@ -76,7 +76,7 @@ def steps(model: nn.Module, batch: dict[str, Any]) -> dict[str, Callable[[], Non
     """What is timed, by the name of its row."""
     vlm = VLM(model)
     with torch.no_grad():
-        out = vlm.forward(batch, labels_only=True)
+        out, _ = vlm.forward_with_contrast(batch)
 
     def step(loss: Loss) -> None:
         loss().backward()  # type: ignore[no-untyped-call]

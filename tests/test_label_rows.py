@@ -173,3 +173,15 @@ def test_a_short_prefix_is_computed_again():
     vlm, batch = VLM(model), llava_batch(["t" + "i" + "t" * 12 + "yy"])
     rows = computed_rows(model, lambda: vlm.contrast(batch))
     assert rows == [batch["input_ids"].numel(), 1 + 12 + 1]
+
+
+def test_a_prefix_of_other_labels_is_not_taken():
+    model = tiny_llava(head_scale=4.0)
+    vlm, batch = VLM(model), llava_batch(["ttttttiyyy"])
+    out, delta = vlm.forward_with_contrast(batch)
+    assert torch.equal(vlm.contrast_from(batch, out), delta)
+    later = {**batch, "labels": batch["labels"].clone()}
+    later["labels"][0, :-2] = -100  # the last "t" before the image predicts nothing now
+    rows = computed_rows(model, lambda: vlm.contrast_from(later, out))
+    assert rows == [6 + 2]
+    torch.testing.assert_close(vlm.contrast_from(later, out), delta[1:], atol=1e-4, rtol=1e-4)

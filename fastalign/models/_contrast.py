@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,18 @@ CONTRAST_MODES = ("drop", "mask", "patch-mask", "blur")
 _PATCH_ORDER_OF_QWEN2_VL = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"}
 
 
+class Prefix(NamedTuple):
+    """What the tokens before the images are in the forward with them.
+
+    Attributes:
+        rows: Their places in the flattened batch, (k,).
+        inputs: Of each decoder layer, (k, d).
+    """
+
+    rows: Tensor
+    inputs: dict[nn.Module, Tensor]
+
+
 @dataclass(frozen=True)
 class Forward:
     """What one pass through a model left behind.
@@ -34,13 +46,13 @@ class Forward:
         hidden: Output of the decoder after its final norm, (b, L, d).
         layers: Outputs of the decoder layers that were asked for, {k: (b, L, d)}, k from 1.
         decoder_inputs: The keyword arguments that the model handed to its decoder.
-        prefix: Input of each decoder layer at some rows, (k, d), where the contrast asked for it.
+        prefix: Some rows' states, where the contrast asked for them.
     """
 
     hidden: Tensor
     layers: dict[int, Tensor]
     decoder_inputs: dict[str, Any]
-    prefix: dict[nn.Module, Tensor] | None = None
+    prefix: Prefix | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +89,14 @@ class Contrast:
             hidden = []
             if len(plan.predictors):
                 captured = out.decoder_inputs
-                reuse = out.prefix is not None
+                inputs = {}
+                if self.packed and out.prefix is not None:
+                    rows = plan.prefix_rows()  # of other labels it may be others
+                    if rows is not None and torch.equal(rows, out.prefix.rows):
+                        inputs = out.prefix.inputs
+                reuse = bool(inputs)
                 layout = vlm._branch.layout(captured, plan, self.packed, self.backend, reuse)
-                hidden = [vlm._branch.run(layout, out.prefix or {})]
+                hidden = [vlm._branch.run(layout, inputs)]
             return _dropped(vlm, out, plan, hidden)
         if self.mode == "mask":
             image, text = vlm.vision_mask(batch), vlm.text_mask(batch)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastalign import ops
 from fastalign.models._branch import Branch
-from fastalign.models._contrast import Batch, Contrast, Forward
+from fastalign.models._contrast import Batch, Contrast, Forward, Prefix
 from fastalign.models._logits import LogitTransform, find_transform
 from fastalign.models._module import (
     call,
@@ -222,11 +222,11 @@ class VLM:
         handles = [
             self.layers[k - 1].register_forward_hook(keep(k)) for k in layers if k < self.num_layers
         ]
-        prefix: dict[nn.Module, Tensor] = {}
+        inputs_of: dict[nn.Module, Tensor] = {}
 
         def remember(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             assert prefix_rows is not None
-            prefix[layer] = take_rows(split_hidden(args, kwargs)[0].detach(), prefix_rows)
+            inputs_of[layer] = take_rows(split_hidden(args, kwargs)[0].detach(), prefix_rows)
 
         if prefix_rows is not None:
             handles += [
@@ -252,7 +252,8 @@ class VLM:
             self._transform = find_transform(self.model, raw[0], output["logits"])
         if zero is not None:
             kept[self.num_layers] = kept[self.num_layers] + zero.to(kept[self.num_layers].dtype)
-        return Forward(kept[self.num_layers], {k: kept[k] for k in layers}, seen, prefix or None)
+        prefix = None if prefix_rows is None else Prefix(prefix_rows, inputs_of)
+        return Forward(kept[self.num_layers], {k: kept[k] for k in layers}, seen, prefix)
 
     def _check_inputs(self, batch: Batch) -> None:
         """Raise where transformers would take one-dimensional positions in silence."""
