@@ -7,39 +7,17 @@ import argparse
 import os
 import signal
 
-import torch
+import _samples
 
 import fastalign as fa
-from fastalign.testing.models import TOKENS, llava_batch, tiny_llava
+from fastalign.testing.models import tiny_llava
 
 SAMPLES = ["ttityyy", "tyyyy", "ttiyyty", "tiyyt"]
 STEPS = 6
 
 
-def sample(index):
-    batch = llava_batch([SAMPLES[index % 4]], seed=index)
-    if "pixel_values" in batch:
-        generator = torch.Generator().manual_seed(index)
-        batch["teacher"] = torch.randn(1, TOKENS, 5, generator=generator)
-    return batch
-
-
 def collate(indices):
-    """A batch in which no sample depends on its company."""
-    batches = [sample(index) for index in indices]
-    length = max(b["input_ids"].shape[1] for b in batches)
-    merged = {}
-    for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
-        rows = [
-            torch.nn.functional.pad(b[name], (0, length - b[name].shape[1]), value=value)
-            for b in batches
-        ]
-        merged[name] = torch.cat(rows)
-    for name in ("pixel_values", "teacher"):
-        images = [b[name] for b in batches if name in b]
-        if images:
-            merged[name] = torch.cat(images)
-    return merged
+    return _samples.collate(SAMPLES, indices)
 
 
 def config(folder, objective, **changes):
