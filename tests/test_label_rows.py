@@ -7,6 +7,7 @@ import torch
 
 from fastalign import objectives
 from fastalign.models import VLM, _rows
+from fastalign.testing.families import family, family_batch, samples_for
 from fastalign.testing.models import llava_batch, tiny_llava
 
 MIXED = ["ttityyy", "tyyy", "yityiyy", "tttiyyyyty"]
@@ -185,3 +186,32 @@ def test_a_prefix_of_other_labels_is_not_taken():
     rows = computed_rows(model, lambda: vlm.contrast_from(later, out))
     assert rows == [6 + 2]
     torch.testing.assert_close(vlm.contrast_from(later, out), delta[1:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_prefix_that_lacks_a_layer_is_not_taken():
+    model = tiny_llava(head_scale=4.0)
+    vlm, batch = VLM(model), llava_batch(["ttttttiyyy"])
+    out, delta = vlm.forward_with_contrast(batch)
+    assert computed_rows(model, lambda: vlm.contrast_from(batch, out)) == [1 + 2]
+    out.prefix.inputs.popitem()
+    assert computed_rows(model, lambda: vlm.contrast_from(batch, out)) == [6 + 2]
+    torch.testing.assert_close(vlm.contrast_from(batch, out), delta, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_left_out_cannot_be_followed():
+    model = family("blip2").train()
+    model.get_decoder().get_decoder().layerdrop = 1.0  # OPT leaves layers out while it trains
+    batch = family_batch("blip2", model, samples_for("blip2"))
+    with pytest.raises(RuntimeError, match="left out 4 layer.*set layerdrop to 0"):
+        VLM(model).forward_with_contrast(batch, interleave=True)
+
+
+def test_no_hook_stays_where_a_stand_in_image_cannot_run(monkeypatch):
+    model = family("mllama")
+    monkeypatch.setattr("fastalign.models._vlm.is_sharded", lambda module: True)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}
+    before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(ValueError, match="every rank of a sharded Mllama"):
+        VLM(model).forward(batch, [1])
+    after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert after == before

@@ -6,7 +6,7 @@ no code of its own for a family: embeddings, positions and masks are those of th
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Plan:
     predictors: Tensor
     prefix: Tensor
 
+    @cached_property
     def prefix_rows(self) -> Tensor | None:
         """Places of the prefix in the flattened batch; None where it is not worth the copies."""
         rows = self.prefix.flatten().nonzero()[:, 0]

@@ -75,7 +75,7 @@ class Contrast:
         interleave = is_sharded(vlm.layers) if self.interleave is None else self.interleave
         if self.mode == "drop" and interleave:
             return self._interleaved(vlm, batch, plan)
-        prefix = plan.prefix_rows() if self.mode == "drop" and self.packed else None
+        prefix = plan.prefix_rows if self.mode == "drop" and self.packed else None
         out = vlm._run(batch, (), plan.rows, prefix_rows=prefix)
         return out, self._given(vlm, batch, out, plan)
 
@@ -88,15 +88,11 @@ class Contrast:
         if self.mode == "drop":
             hidden = []
             if len(plan.predictors):
-                captured = out.decoder_inputs
-                inputs = {}
-                if self.packed and out.prefix is not None:
-                    rows = plan.prefix_rows()  # of other labels it may be others
-                    if rows is not None and torch.equal(rows, out.prefix.rows):
-                        inputs = out.prefix.inputs
-                reuse = bool(inputs)
-                layout = vlm._branch.layout(captured, plan, self.packed, self.backend, reuse)
-                hidden = [vlm._branch.run(layout, inputs)]
+                prefix = out.prefix if self.packed and _fits(out.prefix, vlm, plan) else None
+                layout = vlm._branch.layout(
+                    out.decoder_inputs, plan, self.packed, self.backend, prefix is not None
+                )
+                hidden = [vlm._branch.run(layout, {} if prefix is None else prefix.inputs)]
             return _dropped(vlm, out, plan, hidden)
         if self.mode == "mask":
             image, text = vlm.vision_mask(batch), vlm.text_mask(batch)
@@ -110,7 +106,7 @@ class Contrast:
 
     def _interleaved(self, vlm: VLM, batch: Batch, plan: Plan) -> tuple[Forward, Tensor]:
         streams: list[SideStream] = []
-        prefix = plan.prefix_rows() if self.packed else None
+        prefix = plan.prefix_rows if self.packed else None
 
         def begin(captured: dict[str, Any]) -> None:
             with torch.no_grad():
@@ -145,6 +141,14 @@ class Contrast:
 
 def _plan(vlm: VLM, batch: Batch) -> Plan:
     return make_plan(vlm.vision_mask(batch), vlm.text_mask(batch), *vlm.label_rows(batch))
+
+
+def _fits(prefix: Prefix | None, vlm: VLM, plan: Plan) -> bool:
+    """Whether it is of these labels, and of every layer: a model may drop some while it trains."""
+    rows = plan.prefix_rows
+    if prefix is None or rows is None or len(prefix.inputs) != vlm.num_layers:
+        return False
+    return rows is prefix.rows or torch.equal(rows, prefix.rows)
 
 
 def _dropped(vlm: VLM, out: Forward, plan: Plan, hidden: list[Tensor]) -> Tensor:

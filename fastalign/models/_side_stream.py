@@ -95,7 +95,16 @@ class SideStream:
             handle.remove()
 
     def finish(self) -> Tensor:
-        """Hidden states of the predictors after the decoder's final norm, (active, d)."""
+        """Hidden states of the predictors after the decoder's final norm, (active, d).
+
+        Raises:
+            RuntimeError: The forward with the image left layers out.
+        """
+        if self._calls:
+            raise RuntimeError(
+                f"the contrast cannot follow {self.branch.name}, which left out {len(self._calls)} "
+                "layer(s) of its decoder: set layerdrop to 0, or interleave=False"
+            )
         output = (self._hidden,) if self._tuples else self._hidden
         out = self._without_layers(lambda layer, args, kwargs: output)
         return take_rows(first_tensor(out), self.layout.predictors)

@@ -209,6 +209,10 @@ class VLM:
             if not 1 <= k <= self.num_layers:
                 raise ValueError(f"layers must lie in 1..{self.num_layers}: got {k}")
         self._check_inputs(batch)
+        # Before the decoder, where the ranks that have images run theirs.
+        zero = None
+        if batch.get("pixel_values") is None and is_sharded(self.model):
+            zero = stand_in_image(self.model)
         kept: dict[int, Tensor] = {}
         seen: dict[str, Any] = {}
 
@@ -238,10 +242,6 @@ class VLM:
         pruned: Any = nullcontext()
         if rows is not None:
             pruned = only_rows(self.layers[-1], rows, tuple(batch["input_ids"].shape))
-        # Before the decoder, where the ranks that have images run theirs.
-        zero = None
-        if batch.get("pixel_values") is None and is_sharded(self.model):
-            zero = stand_in_image(self.model)
         try:
             with pruned, last_row(self.head) as raw:
                 output = call(self.model, **inputs, use_cache=False)
