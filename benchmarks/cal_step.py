@@ -8,20 +8,16 @@ authors run it, and fastalign's; "branch" is the image-free forward alone. The r
 medians, to transformers' step and, for the branch, to fastalign's fine-tuning step.
 """
 
-import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import _interleaved_us, _peak_mib, device_name, quantiles, results_file
-from benchmarks.__main__ import merged, write
 from benchmarks._gpu_models import Shape, build, make_batch
 from benchmarks._gpu_step import hf_cal, hf_sft
+from benchmarks._turns import Row, parser, run, time_rows
 from fastalign import objectives
 from fastalign.models import VLM
 
@@ -51,27 +47,6 @@ SHAPES = (_shape("576 + 128 tokens", 24, 2), _shape("1600 + 128 tokens", 40, 1))
 QUICK = (_shape("quick, 64 + 128 tokens", 8, 2, width=64, layers=2),)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One way to make a step at one shape.
-
-    Attributes:
-        op, case, impl, device: As in the rows of `python -m benchmarks`.
-        ratio: Of its median to that of transformers' fine-tuning; of the branch, to fastalign's.
-        peak_mib: Most memory that a step holds beyond what it starts with.
-    """
-
-    op: str
-    case: str
-    impl: str
-    device: str
-    median_us: float
-    p10_us: float
-    p90_us: float
-    ratio: float
-    peak_mib: float
-
-
 def steps(model: nn.Module, batch: dict[str, Any]) -> dict[str, Callable[[], None]]:
     """What is timed, by the name of its row."""
     vlm = VLM(model)
@@ -96,46 +71,15 @@ def measure(shape: Shape, device: str, rounds: int) -> list[Row]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = build(shape, device, dtype).train()
-    batch = make_batch(shape, device, dtype)
-    runs = steps(model, batch)
-    peaks = {name: _peak_mib(run, device) for name, run in runs.items()}
-    times = _interleaved_us(runs, device, rounds=rounds, seconds=float("inf"))
-    found = {name: quantiles(us) for name, us in times.items()}
-    rows = []
-    for name, us in found.items():
-        base = found[FUSED if name == BRANCH else SFT]["median_us"]
-        about = ("cal_step", shape.name, name, device_name(device))
-        rows.append(Row(*about, **us, ratio=us["median_us"] / base, peak_mib=peaks[name]))
-    return rows
+    runs = steps(model, make_batch(shape, device, dtype))
+    base_of = {BRANCH: FUSED}
+    return time_rows(
+        "cal_step", shape.name, runs, device, rounds, lambda name: base_of.get(name, SFT)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cal_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
-    parser.add_argument("--save", action="store_true", help="keep them in benchmarks/results/")
-    parser.add_argument("--rounds", type=int, default=15, help="runs of each row")
-    parser.add_argument("--quick", action="store_true", help="one small shape, three rounds")
-    options = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[dict[str, Any]] = []
-    for shape in QUICK if options.quick else SHAPES:
-        new = measure(shape, device, 3 if options.quick else options.rounds)
-        print(f"\n{shape.name}, batch {shape.batch}, on {new[0].device}")
-        print(f"{'':20} {'median ms':>10} {'p10':>8} {'p90':>8} {'ratio':>7} {'peak MiB':>9}")
-        for row in new:
-            ms = (1e-3 * us for us in (row.median_us, row.p10_us, row.p90_us))
-            columns = "{:10.1f} {:8.1f} {:8.1f}".format(*ms)
-            print(f"{row.impl:20} {columns} {row.ratio:7.3f} {row.peak_mib:9.1f}", flush=True)
-        rows += [asdict(row) for row in new]
-        if options.json:
-            write(options.json, rows)
-    if options.save:
-        write(results_file(device), merged(results_file(device), rows))
-    return 0
+    return run(parser("cal_step", __doc__, 15).parse_args(argv), SHAPES, QUICK, measure)
 
 
 if __name__ == "__main__":

@@ -16,21 +16,17 @@ With `--accuracy` nothing is timed: relative errors on spectra that are hard for
 products being emulated by rounding what is stored.
 """
 
-import argparse
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from benchmarks import _interleaved_us, device_name, quantiles, results_file
-from benchmarks.__main__ import merged, write
+from benchmarks._turns import Row, parser, run, time_rows
 from fastalign import linalg
 from fastalign.reference import newton_schulz as ns
 from fastalign.reference import psd
@@ -38,27 +34,6 @@ from fastalign.reference import psd
 OP, OURS = "trace_sqrtm_product", "fastalign"
 DIMS, QUICK = (1024, 2048), (96,)
 Trace = Callable[[Tensor, Tensor], float]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to the trace at one width.
-
-    Attributes:
-        op, case, impl, device: As in the rows of `python -m benchmarks`.
-        ratio: Of its median to fastalign's.
-        max_error: Relative, against float64.
-    """
-
-    op: str
-    case: str
-    impl: str
-    device: str
-    median_us: float
-    p10_us: float
-    p90_us: float
-    ratio: float
-    max_error: float
 
 
 def covariances(d: int, device: str) -> tuple[Tensor, Tensor]:
@@ -129,14 +104,8 @@ def measure(d: int, device: str, rounds: int) -> list[Row]:
     runs = {name: partial(way, a, b) for name, way in ways(d, device).items()}
     truth = exact(a, b)
     errors = {name: abs(run() / truth - 1) for name, run in runs.items()}
-    times = _interleaved_us(runs, device, rounds=rounds, seconds=float("inf"))
-    found = {name: quantiles(us) for name, us in times.items()}
-    ours = found[OURS]["median_us"]
-    about = partial(Row, OP, f"d = {d}, float32")
-    return [
-        about(name, device_name(device), **us, ratio=us["median_us"] / ours, max_error=errors[name])
-        for name, us in found.items()
-    ]
+    case = f"d = {d}, float32"
+    return time_rows(OP, case, runs, device, rounds, lambda name: OURS, peaks=False, errors=errors)
 
 
 def spectra(d: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -197,37 +166,14 @@ def print_accuracy(d: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.linalg",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
-    parser.add_argument("--save", action="store_true", help="keep them in benchmarks/results/")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each row")
-    parser.add_argument("--dims", type=int, nargs="+", default=DIMS, help="widths d")
-    parser.add_argument("--quick", action="store_true", help="one small width, three rounds")
-    parser.add_argument("--accuracy", action="store_true", help="errors on hard spectra, no times")
-    options = parser.parse_args(argv)
-    if options.accuracy:
-        for d in QUICK if options.quick else options.dims:
-            print_accuracy(d)
-        return 0
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[dict[str, Any]] = []
-    for d in QUICK if options.quick else options.dims:
-        new = measure(d, device, 3 if options.quick else options.rounds)
-        print(f"\n{OP}, {new[0].case}, on {new[0].device}")
-        print(f"{'':24} {'median ms':>10} {'p10':>9} {'p90':>9} {'ratio':>7} {'error':>9}")
-        for row in new:
-            ms = (1e-3 * us for us in (row.median_us, row.p10_us, row.p90_us))
-            columns = "{:10.1f} {:9.1f} {:9.1f}".format(*ms)
-            print(f"{row.impl:24} {columns} {row.ratio:7.2f} {row.max_error:9.1e}", flush=True)
-        rows += [asdict(row) for row in new]
-        if options.json:
-            write(options.json, rows)
-    if options.save:
-        write(results_file(device), merged(results_file(device), rows))
+    options = parser("linalg", __doc__, 5)
+    options.add_argument("--dims", type=int, nargs="+", default=DIMS, help="widths d")
+    options.add_argument("--accuracy", action="store_true", help="errors on hard spectra, no times")
+    chosen = options.parse_args(argv)
+    if not chosen.accuracy:
+        return run(chosen, chosen.dims, QUICK, measure)
+    for d in QUICK if chosen.quick else chosen.dims:
+        print_accuracy(d)
     return 0
 
 

@@ -47,12 +47,15 @@ class Forward:
         layers: Outputs of the decoder layers that were asked for, {k: (b, L, d)}, k from 1.
         decoder_inputs: The keyword arguments that the model handed to its decoder.
         prefix: Some rows' states, where the contrast asked for them.
+        looks: Of a Q-Former with images: where each query looks, (images, queries, n) float32 over
+            the n tokens of the vision tower; see `query_attention`.
     """
 
     hidden: Tensor
     layers: dict[int, Tensor]
     decoder_inputs: dict[str, Any]
     prefix: Prefix | None = None
+    looks: Tensor | None = None
 
 
 @dataclass(frozen=True)

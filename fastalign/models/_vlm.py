@@ -24,6 +24,15 @@ from fastalign.models._module import (
     layer_stack,
     split_hidden,
 )
+from fastalign.models._patches import (
+    Patches,
+    count_views,
+    find_patches,
+    find_queries,
+    find_views,
+    tower_grid,
+)
+from fastalign.models._qformer import query_attention
 from fastalign.models._rows import only_rows, take_rows
 from fastalign.models._side_stream import is_sharded
 from fastalign.models._stand_in import stand_in_image
@@ -32,6 +41,19 @@ from fastalign.ops._check import check_one_of
 IGNORE_INDEX = -100
 # Under these names a configuration holds the ids of the tokens that stand for images and videos.
 _IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+class _Stop(Exception):
+    """Ends a pass whose later layers nobody wants."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
+
+
+def _is_managed(model: nn.Module) -> bool:
+    """Whether an engine's hooks come before and after modules: they must not be left halfway."""
+    return is_sharded(model) or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 class VLM:
@@ -115,29 +137,39 @@ class VLM:
         attended: Tensor = mask.bool()
         return attended
 
-    def patch_grid(self, batch: Batch) -> tuple[int, int]:
-        """Rows and columns of the image tokens of each image of the batch.
+    def patches(self, batch: Batch) -> Patches:
+        """Which image tokens are patches, and the grid of each picture (see `Patches`).
 
         Raises:
-            ValueError: The batch has no image, or its image tokens are not one per patch.
+            ValueError: The batch has no image, images are no tokens of the language model or a
+                Q-Former's queries, or there are more or fewer image tokens than the images need.
         """
-        pixels = batch.get("pixel_values")
-        if pixels is None:
-            raise ValueError("batch has no pixel_values: a patch grid needs images")
-        side = self.config.vision_config.patch_size
-        height, width = pixels.shape[-2] // side, pixels.shape[-1] // side
-        tokens = int(self.vision_mask(batch).sum())
-        if tokens != len(pixels) * height * width:
-            raise ValueError(
-                f"image tokens must be one per patch: got {tokens} for {len(pixels)} images of "
-                f"{height} x {width} patches"
-            )
-        return height, width
+        return find_patches(self.config, batch)
 
-    def image_patches(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Hidden states of the image tokens, image by image, (images, h * w, d)."""
-        height, width = self.patch_grid(batch)
-        return hidden[self.vision_mask(batch)].view(-1, height * width, hidden.shape[-1])
+    def queries(self, batch: Batch) -> Patches:
+        """The image tokens of a Q-Former model: they have no grid but a row for each image.
+
+        Raises:
+            ValueError: The batch has no image, or the model no Q-Former.
+        """
+        return find_queries(self.config, batch)
+
+    @property
+    def tower_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in a vision tower whose images have one size."""
+        return tower_grid(self.config)
+
+    def count_views(self, batch: Batch) -> int:
+        """Pictures of a batch that a teacher could see: those of `views`; without images 0."""
+        return 0 if batch.get("pixel_values") is None else count_views(self.config, batch)
+
+    def views(self, batch: Batch) -> list[Tensor]:
+        """Pixels of each picture of `patches`, (3, H, W), normalised as the model takes them.
+
+        Raises:
+            ValueError: The batch has no image, or images have no grids of tokens.
+        """
+        return find_views(self.config, batch)
 
     def label_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Where labels are predicted: sample (m,), predicting column (m,), label (m,).
@@ -196,14 +228,16 @@ class VLM:
         rows: Tensor | None,
         on_decoder: Callable[[dict[str, Any]], None] = lambda captured: None,
         prefix_rows: Tensor | None = None,
+        until: int | None = None,
     ) -> Forward:
-        """`forward`, as the contrast needs it.
+        """`forward`, as the contrast and `hidden_states` need it.
 
         Args:
             batch, layers: See `forward`.
             rows: Places in the flattened batch of the rows wanted of the last layer; None for all.
             on_decoder: Sees what the decoder is handed, before its layers run.
             prefix_rows: Places in the flattened batch at which every layer's input is kept.
+            until: Layer after which nothing is wanted, `hidden` neither: the pass ends there.
         """
         for k in layers:
             if not 1 <= k <= self.num_layers:
@@ -238,13 +272,17 @@ class VLM:
             ]
         handles.append(self.decoder.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(self.decoder.register_forward_hook(keep(self.num_layers)))
+        if until is not None:
+            handles.append(self.layers[until - 1].register_forward_hook(_stop))
         inputs = {k: v for k, v in batch.items() if k in self._inputs}
         pruned: Any = nullcontext()
         if rows is not None:
             pruned = only_rows(self.layers[-1], rows, tuple(batch["input_ids"].shape))
         try:
-            with pruned, last_row(self.head) as raw:
+            with pruned, last_row(self.head) as raw, query_attention(self.model) as looks:
                 output = call(self.model, **inputs, use_cache=False)
+        except _Stop:
+            return Forward(kept[max(layers)], {k: kept[k] for k in layers}, seen)
         finally:
             for handle in handles:
                 handle.remove()
@@ -253,7 +291,8 @@ class VLM:
         if zero is not None:
             kept[self.num_layers] = kept[self.num_layers] + zero.to(kept[self.num_layers].dtype)
         prefix = None if prefix_rows is None else Prefix(prefix_rows, inputs_of)
-        return Forward(kept[self.num_layers], {k: kept[k] for k in layers}, seen, prefix)
+        chosen = {k: kept[k] for k in layers}
+        return Forward(kept[self.num_layers], chosen, seen, prefix, looks[-1] if looks else None)
 
     def _check_inputs(self, batch: Batch) -> None:
         """Raise where transformers would take one-dimensional positions in silence."""
@@ -269,10 +308,14 @@ class VLM:
         """Outputs of decoder layers, each (b, L, d); all of 1..`num_layers` unless chosen.
 
         They equal `hidden_states[1:]` of transformers: the last is after the final norm, and the
-        embedding is no layer.
+        embedding is no layer. Without gradient the layers above the last one chosen do not run,
+        unless an engine has hooks of its own on them (sharding, offloading), which need an end.
         """
         chosen = tuple(range(1, self.num_layers + 1) if layers is None else layers)
-        out = self.forward(batch, chosen)
+        last = max(chosen, default=self.num_layers)
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_managed(self.model)
+        until = None if whole or last >= self.num_layers else last
+        out = self._run(batch, chosen, None, until=until)
         return [out.layers[k] for k in chosen]
 
     def each_layer(self, batch: Batch, visit: Callable[[int, Tensor], None]) -> None:

@@ -86,6 +86,12 @@ def internvl() -> Any:
     return hf.InternVLForConditionalGeneration(config)
 
 
+def two_towers() -> Any:
+    """Mini-Gemini's form."""
+    own = import_module("fastalign.testing._two_towers")
+    return own.two_towers(VISION, TEXT, IMAGE)
+
+
 def qwen2_vl() -> Any:
     hf = _transformers()
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}

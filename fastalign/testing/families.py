@@ -57,6 +57,10 @@ def _pixels(layout: Layout) -> Inputs:
     return {"pixel_values": layout.pixels()}
 
 
+def _high(layout: Layout) -> Inputs:
+    return {"pixel_values": layout.randn(len(layout.sizes), 3, 2 * SIDE, 2 * SIDE)}
+
+
 def _anyres(layout: Layout) -> Inputs:
     # Tiles of the largest grid, 2 x 2, and the whole image; the model skips those it does not need.
     sizes = [((100, 80), (50, 100))[size] for size in layout.sizes]
@@ -174,6 +178,7 @@ _FAMILIES = {
     "internvl": _Family(
         models.internvl, ([START] + [IMAGE] * 4 + [END], [START] + [IMAGE] * 8 + [END]), _tiles
     ),
+    "two_towers": _Family(models.two_towers, ([IMAGE] * 16,), _high),
     "qwen2_vl": _Family(models.qwen2_vl, _QWEN, _qwen),
     "qwen2_5_vl": _Family(models.qwen2_5_vl, _QWEN, _qwen),
     "qwen3_vl": _Family(models.qwen3_vl, _QWEN, _qwen),
