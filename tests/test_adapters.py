@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastalign as fa
-from fastalign.adapters import CONFIG, WEIGHTS, disabled
+from fastalign.adapters import CONFIG, WEIGHTS, _files, adapter_parameters, disabled, upper_half
+from fastalign.testing.families import family
 from fastalign.testing.models import TOKENS, llava_batch, tiny_llava
 
 BOTH = fa.AdapterConfig(shift_layers=(1, 3), shift_hidden_dim=5, calibration=True)
@@ -183,7 +184,9 @@ def test_wrong_files_are_refused(tmp_path):
     model = tiny_llava()
     trained(model)
     fa.save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="saved from another model"):
+    with pytest.raises(
+        ValueError, match=r"saved from another model, llava.*num_layers 3 and here 2"
+    ):
         fa.load_adapter(tiny_llava(layers=2), tmp_path)
     with pytest.raises(ValueError, match="another configuration"):
         fa.attach(other := tiny_llava(), fa.AdapterConfig(shift_layers=(1,)))
@@ -202,6 +205,108 @@ def test_wrong_files_are_refused(tmp_path):
     (tmp_path / WEIGHTS).write_bytes(b"not safetensors at all")
     with pytest.raises(ValueError, match="must be a safetensors file"):
         fa.load_adapter(tiny_llava(), tmp_path)
+
+
+def test_an_adapter_of_one_family_is_refused_by_another(tmp_path, monkeypatch):
+    """Before anything is allocated: neither the adapter is made nor the weights are opened."""
+    fa.attach(source := family("qwen2_5_vl"), fa.AdapterConfig(shift_layers=(1,)))
+    fa.save_adapter(source, tmp_path)
+    monkeypatch.delattr(_files, "Adapter")
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=(
+        r"saved from another model, qwen2_5_vl \(Qwen2_5_VLForConditionalGeneration\), and this is "
+        r"qwen2_vl \(Qwen2VLForConditionalGeneration\): model_type qwen2_5_vl and here qwen2_vl, "
+        r"vision_type qwen2_5_vl_vision and here qwen2_vl_vision$"
+    )):  # fmt: skip
+        fa.load_adapter(family("qwen2_vl"), tmp_path)
+
+
+def test_an_adapter_goes_with_every_image_size(tmp_path):
+    """Convolutions know no grid: what was trained on 4 x 4 patches runs on 6 x 6."""
+    model = tiny_llava()
+    adapter = trained(model)
+    fa.save_adapter(model, tmp_path)
+    config = copy.deepcopy(model.config)
+    config.vision_config.image_size, config.image_seq_length = 24, 36
+    larger = type(model)(config).eval()
+    fa.load_adapter(larger, tmp_path)
+    ids = torch.tensor([[5, *[3] * 36, 6]])
+    pixels = torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        moved = larger(input_ids=ids, pixel_values=pixels).logits
+        with disabled(larger):
+            assert not torch.equal(larger(input_ids=ids, pixel_values=pixels).logits, moved)
+    for a, b in zip(adapter.parameters(), larger.fastalign_adapter.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_part_is_probed(tmp_path):
+    config = fa.AdapterConfig((1,), 5, calibration=True, decoder_shift_layers=(2,))
+    model = tiny_llava()
+    trained(model, config)
+    fa.save_adapter(model, tmp_path)
+    probes = {k for k in load_file(tmp_path / WEIGHTS) if k.startswith("probe.")}
+    shifts = {"probe.shifts.1", "probe.decoder_shifts.2"}
+    packed = {f"{name}.packed" for name in shifts}
+    assert probes == shifts | packed | {f"probe.calibrations.{k}" for k in (1, 2, 3)}
+    damaged(tmp_path, lambda t: t["decoder_shifts.2.conv2.bias"].add_(0.1))
+    with pytest.raises(ValueError, match=r"decoder_shifts.2 .* file is damaged"):
+        fa.load_adapter(tiny_llava(), tmp_path)
+
+
+def llava_7b():
+    """The configuration of LLaVA-1.5 7B, as far as sizes go."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16)
+    text = LlamaConfig(hidden_size=4096, num_hidden_layers=32)
+    return LlavaConfig(vision_config=vision, text_config=text)
+
+
+def test_the_published_size_is_200_million():
+    model = llava_7b()
+    config = fa.AdapterConfig.paper(model)
+    assert config == fa.AdapterConfig(shift_layers=(4, 6), shift_hidden_dim=5440)
+    # Two modules of two convolutions: 9 * 1024 * 5440 weights each, and biases 5440 + 1024.
+    whole = 2 * (2 * 9 * 1024 * 5440 + 5440 + 1024)
+    counts = {"shifts": whole, "decoder_shifts": 0, "calibrations": 0, "total": whole}
+    assert adapter_parameters(config, model) == counts and whole == 200_553_088
+    # MoCa: u and v of width 4096 after each of 32 layers.
+    moca = fa.AdapterConfig(shift_layers=(), calibration=True)
+    assert adapter_parameters(moca, model)["total"] == 32 * 2 * 4096
+    assert upper_half(model) == 13
+    with pytest.raises(ValueError, match=r"shift_layers must lie in 1..3.*got 4"):
+        fa.AdapterConfig.paper(tiny_llava())
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "mistral3", "blip2"])
+def test_parameters_are_counted_without_making_them(name):
+    model = family(name)
+    decoder = () if name == "blip2" else (2,)
+    config = fa.AdapterConfig((1, 2), 7, 3, True, 0.0, decoder, 5)
+    counts = adapter_parameters(config, model.config)
+    parts = dict(fa.attach(model, config).named_children())
+    for kind, part in parts.items():
+        assert counts[kind] == sum(p.numel() for p in part.parameters())
+    assert counts["total"] == sum(counts[kind] for kind in parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "error", "message"),
+    [
+        ("mllama", {"shift_layers": (1,)}, TypeError, "cannot be mllama_vision_model"),
+        ("mllama", {"calibration": True}, ValueError, "calibration must be off for mllama"),
+        ("mllama", {"decoder_shift_layers": (1,)}, ValueError, "no tokens of the decoder"),
+        ("blip2", {"decoder_shift_layers": (1,)}, ValueError, "queries, which lie on no grid"),
+        ("llava", {"decoder_shift_layers": (5,)}, ValueError, "must lie in 1..4: got 5"),
+        ("qwen3_vl", {"shift_layers": (4,)}, ValueError, "must lie in 1..3.*got 4"),
+    ],
+)
+def test_what_a_family_cannot_have_is_named(name, config, error, message):
+    model = family(name)
+    with pytest.raises(error, match=message):
+        fa.attach(model, fa.AdapterConfig(**({"shift_layers": ()} | config)))
+    assert not hasattr(model, "fastalign_adapter")
 
 
 def test_bad_configurations_are_named():

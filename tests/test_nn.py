@@ -140,6 +140,25 @@ def test_shift_packs_images_of_different_grids():
     assert shift(torch.zeros(0, 6, 3), (2, 3)).shape == (0, 6, 3)
 
 
+def test_shift_of_a_padded_picture_is_that_of_the_picture():
+    """Padding is as if it were not there, to both convolutions, whatever stands in it."""
+    shift = trained_shift(3, 4)
+    picture = torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    padded = torch.randn(1, 4, 5, 3, dtype=torch.float64)
+    padded[:, :2, :3] = picture
+    mask = torch.zeros(1, 4, 5, dtype=torch.bool)
+    mask[:, :2, :3] = True
+    x = torch.cat([torch.ones(1, 1, 3, dtype=torch.float64), padded.flatten(1, 2)], 1)
+    out = shift(x, (4, 5), mask.flatten(1))
+    expected = padded.clone()
+    expected[:, :2, :3] = shift(picture.flatten(1, 2), (2, 3)).view_as(picture)
+    torch.testing.assert_close(out[:, 1:].view_as(padded), expected)
+    assert torch.equal(out[:, 0], x[:, 0])
+    assert torch.equal(out[:, 1:].view_as(padded)[~mask], padded[~mask])
+    everywhere = torch.ones(1, 20, dtype=torch.bool)
+    torch.testing.assert_close(shift(x, (4, 5), everywhere), shift(x, (4, 5)))
+
+
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_shift_gradcheck(kernel_size):
     shift = trained_shift(2, 3, kernel_size)
@@ -186,6 +205,10 @@ def test_shift_bad_input():
         shift(x[0], (2, 3))
     with pytest.raises(ValueError, match="patches of the 2 grids, 7 rows: got 6"):
         shift(x[0], [(2, 3), (1, 1)])
+    with pytest.raises(ValueError, match=r"mask must have the shape \(b, h \* w\)"):
+        shift(x, (2, 3), torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask must be None for packed x"):
+        shift(x[0], [(2, 3)], torch.ones(6, dtype=torch.bool))
     with pytest.raises(ValueError, match="kernel_size must be odd, to keep the grid: got 2"):
         ModalityShift(3, 4, kernel_size=2)
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastalign.ops._check import check_dim, check_floating, check_last_dim
+from fastalign.ops._check import check_dim, check_floating, check_last_dim, check_shape
 
 Grid: TypeAlias = tuple[int, int]
 
@@ -43,7 +43,7 @@ class ModalityShift(nn.Module):
         if self.conv2.bias is not None:
             nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor, grid: Grid | Sequence[Grid]) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | Sequence[Grid], mask: Tensor | None = None) -> Tensor:
         """Shift the patches of a batch.
 
         Args:
@@ -52,6 +52,9 @@ class ModalityShift(nn.Module):
             grid: (h, w), patches row-major. Where n > h * w, the first n - h * w tokens of each
                 image are no patches (CLS, registers) and pass unchanged. For packed rows a list of
                 (h, w), whose products add up to sum n.
+            mask: (b, h * w) bool, true at patches; the others are padding of (b, n, d), which both
+                convolutions see as zero, as they do what lies beyond the grid, and which passes
+                unchanged. None for no padding.
 
         Returns:
             The shape and dtype of `x`; the convolutions run in the dtype of the parameters.
@@ -64,6 +67,8 @@ class ModalityShift(nn.Module):
         check_dim("x", x, 2, 3)
         check_last_dim("x", x, self.dim)
         if x.dim() == 2:
+            if mask is not None:
+                raise ValueError("mask must be None for packed x (sum n, d), which has no padding")
             return self._packed(x, _check_grids(grid, x.shape[0]))
         h, w = _check_grid(grid)
         extra = x.shape[1] - h * w
@@ -72,9 +77,11 @@ class ModalityShift(nn.Module):
                 f"x must have at least h * w = {h * w} tokens an image for grid {(h, w)}: "
                 f"got shape {tuple(x.shape)}"
             )
+        if mask is not None:
+            check_shape("mask", mask, (x.shape[0], h * w), "(b, h * w)")
         if extra == 0:
-            return self._shift(x, h, w)
-        return torch.cat([x[:, :extra], self._shift(x[:, extra:], h, w)], 1)
+            return self._shift(x, h, w, mask)
+        return torch.cat([x[:, :extra], self._shift(x[:, extra:], h, w, mask)], 1)
 
     def _packed(self, x: Tensor, grids: list[Grid]) -> Tensor:
         """Images of one grid go through together: a bucketed batch costs what a dense one does."""
@@ -86,10 +93,16 @@ class ModalityShift(nn.Module):
                 images[i] = image
         return torch.cat(images) if images else x
 
-    def _shift(self, x: Tensor, h: int, w: int) -> Tensor:
+    def _shift(self, x: Tensor, h: int, w: int, mask: Tensor | None = None) -> Tensor:
         image = x.to(self.conv1.weight.dtype).reshape(-1, h, w, self.dim).permute(0, 3, 1, 2)
-        shift: Tensor = self.conv2(F.relu(self.conv1(image)))
+        padding = None if mask is None else ~mask.view(-1, 1, h, w)
+        hidden: Tensor = F.relu(self.conv1(_without(image, padding)))
+        shift: Tensor = _without(self.conv2(_without(hidden, padding)), padding)
         return x + shift.permute(0, 2, 3, 1).flatten(1, 2).to(x.dtype)
+
+
+def _without(image: Tensor, padding: Tensor | None) -> Tensor:
+    return image if padding is None else image.masked_fill(padding, 0.0)
 
 
 def _check_grid(grid: Any) -> Grid:
@@ -127,15 +140,25 @@ class ShiftDirection(nn.Module):
 
     mean: Tensor
     count: Tensor
+    pending: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        # Sum, finite rows and all rows of the step that has begun; between steps they are 0.
+        pending = torch.zeros(dim + 2, dtype=torch.float64)
+        self.register_buffer("pending", pending, persistent=False)
 
     @torch.no_grad()
-    def update(self, instance: Tensor) -> None:
+    def update(
+        self,
+        instance: Tensor,
+        *,
+        mask: Tensor | None = None,
+        step_pairs: Tensor | int | None = None,
+    ) -> None:
         """Take in the directions of a batch of pairs, from all ranks.
 
         With torch.distributed initialised every rank has to call this, with (0, d) when it has no
@@ -144,23 +167,54 @@ class ShiftDirection(nn.Module):
 
         Args:
             instance: d_instance, (m, d), any floating dtype; m may be 0 and differ between ranks.
+            mask: Rows that are pairs, (m,) bool; all of them when None.
+            step_pairs: Pairs of the whole optimizer step, of all its micro-batches and ranks. The
+                rows then wait until as many have come, and `value` is the same for every
+                micro-batch of a step, however it is divided. None takes them in at once.
 
         Raises:
             TypeError: `instance` is not floating point.
             ValueError: `instance` is not (m, d).
         """
+        self._check(instance)
+        rows = instance.to(self.mean)
+        pairs = rows.new_ones(len(rows), 1) if mask is None else mask.to(rows)[:, None]
+        finite = rows.isfinite().all(1, keepdim=True)
+        rows = torch.where(finite, rows, 0.0) * pairs
+        # The counts ride along, so that one all-reduce is enough; float64 holds them to 2^53.
+        sums = torch.cat([rows, finite * pairs, pairs], 1).sum(0)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        self.pending += sums
+        whole = self.pending[-1] if step_pairs is None else step_pairs
+        done = (self.pending[-1] >= whole).to(self.pending)
+        total, gained = done * self.pending[:-2], done * self.pending[-2]
+        self.count += gained.to(torch.int64)
+        self.mean += (total - gained * self.mean) / self.count.clamp_min(1)
+        self.pending *= 1.0 - done
+
+    @torch.no_grad()
+    def restart(self, instance: Tensor) -> None:
+        """Forget everything and start with the mean of these rows, the same ones on every rank.
+
+        Args:
+            instance: d_instance, (m, d), any floating dtype. Rows that are not finite are left out.
+
+        Raises:
+            TypeError: `instance` is not floating point.
+            ValueError: `instance` is not (m, d).
+        """
+        self._check(instance)
+        rows = instance.to(self.mean)
+        rows = rows[rows.isfinite().all(1)]
+        self.count.fill_(len(rows))
+        self.mean.copy_(rows.sum(0) / max(len(rows), 1))
+        self.pending.zero_()
+
+    def _check(self, instance: Tensor) -> None:
         check_floating(instance=instance)
         check_dim("instance", instance, 2)
         check_last_dim("instance", instance, self.dim)
-        rows = instance.to(self.mean)
-        finite = rows.isfinite().all(1, keepdim=True)
-        # The count rides along, so that one all-reduce is enough; float64 holds it to 2^53.
-        sums = torch.cat([rows.masked_fill(~finite, 0.0), finite.to(rows)], 1).sum(0)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-        total, pairs = sums[:-1], sums[-1]
-        self.count += pairs.to(torch.int64)
-        self.mean += (total - pairs * self.mean) / self.count.clamp_min(1)
 
     @property
     def value(self) -> Tensor:
@@ -168,8 +222,10 @@ class ShiftDirection(nn.Module):
         return self.mean.to(torch.float32, copy=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShiftDirection:
-        mean = self.mean
+        wide = {"mean": self.mean, "pending": self.pending}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.mean.dtype != mean.dtype:
-            self.mean = mean.to(self.mean.device)
+        for name, tensor in wide.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
         return self

@@ -1,0 +1,1 @@
+"""What the commands of `fastalign.cli` share, and those that are long enough for a module."""
