@@ -134,6 +134,7 @@ def mutual_information(
     temperature: float = 0.07,
     shrinkage: float = 1e-3,
     gather: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Mutual information of paired rows in nats, for L_MI of DeepAlign (CVPR 2026).
 
@@ -154,9 +155,11 @@ def mutual_information(
             backward. Each rank gets the loss of the whole batch; the mean of the ranks' parameter
             gradients, as DistributedDataParallel forms it, is then its gradient. Without
             torch.distributed initialised it changes nothing.
+        mask: Rows that count, (m,) bool; all of them when None. The others are as good as absent,
+            with gradient 0, and every shape stays what it is.
 
     Returns:
-        Scalar; 0 for a single row. Differentiable in `x` and `y`.
+        Scalar; 0 for a single row, or a mask without any. Differentiable in `x` and `y`.
 
     Raises:
         TypeError: An input is not floating point.
@@ -174,9 +177,12 @@ def mutual_information(
     check_shape("y", y, (x.shape[0], y.shape[1]), "(m, d)")
     check_same("device", x=x, y=y)
     check_width(x=x, y=y)
+    if mask is not None:
+        check_shape("mask", mask, (x.shape[0],), "(m,)")
     if gather and torch.distributed.is_available() and torch.distributed.is_initialized():
-        x, y = gather_rows(x, y)
+        x, y, *inside = gather_rows(x, y, *([] if mask is None else [mask[:, None].to(x)]))
+        mask = inside[0][:, 0] > 0 if inside else None
     if x.shape[0] == 0:
         raise ValueError("x and y must have at least one row: got none; skip the term instead")
     with no_autocast(x):
-        return reference.mutual_information(x, y, estimator, temperature, shrinkage)
+        return reference.mutual_information(x, y, estimator, temperature, shrinkage, mask)

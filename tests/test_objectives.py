@@ -127,8 +127,9 @@ def test_deepalign_is_the_weighted_sum_of_its_terms():
 
 
 def test_deepalign_terms_are_the_published_formulas():
-    vlm, state, batch, _ = deepalign_setup()
+    vlm, state, batch, _ = deepalign_setup(DeepAlignConfig(layers=(1, 2, 3)))
     vlm.model.train()
+    direction, seen = state.direction.value, state.direction.count.clone()
     terms = objectives.deepalign(vlm, batch, state=state)
     rows = [0, 1, 3]  # the samples with image and text
     with torch.no_grad():
@@ -154,9 +155,14 @@ def test_deepalign_terms_are_the_published_formulas():
     instance = specific(h_t, 0) - specific(h_v, 1)
     expected = 1 - F.cosine_similarity(moved, instance)
     torch.testing.assert_close(terms["instance"], expected.mean(), atol=1e-4, rtol=1e-4)
-    expected = 1 - F.cosine_similarity(moved, instance.mean(0, keepdim=True))
+    torch.testing.assert_close(terms["cos_instance"], 1 - expected.mean(), atol=1e-4, rtol=1e-4)
+    expected = 1 - F.cosine_similarity(moved, direction[None])
     torch.testing.assert_close(terms["global"], expected.mean(), atol=1e-4, rtol=1e-4)
-    student = F.normalize(vlm.image_patches(vlm.hidden_states(batch, [1])[0], batch), dim=-1)
+    torch.testing.assert_close(terms["cos_global"], 1 - expected.mean(), atol=1e-4, rtol=1e-4)
+    after = (seen * direction + instance.sum(0)) / (seen + 3)
+    torch.testing.assert_close(state.direction.value, after, atol=1e-5, rtol=1e-4)
+    patches = vlm.patches(batch).of(vlm.hidden_states(batch, [1])[0])
+    student = F.normalize(patches.unflatten(0, (-1, TOKENS)), dim=-1)
     teacher = F.normalize(batch["teacher"], dim=-1)
     visual = F.mse_loss(student @ student.mT, teacher @ teacher.mT)
     torch.testing.assert_close(terms["visual"], visual.detach(), atol=1e-5, rtol=1e-4)
@@ -177,7 +183,10 @@ def test_every_term_can_be_switched_off(without, gone):
     vlm, state, batch, _ = deepalign_setup(DeepAlignConfig(without=without))
     terms = objectives.deepalign(vlm, batch, state=state)
     assert {"global", "instance", "mutual", "visual"} - set(terms) == gone
-    expected = sum((v for k, v in terms.items() if k not in ("loss", "accuracy")), torch.zeros(()))
+    cosines = {"cos_global", "cos_instance"}
+    assert cosines & set(terms) == (set() if "intervention" in without else cosines)
+    summed = ("ce", "global", "instance", "mutual", "visual")
+    expected = sum((terms[k] for k in summed if k in terms), torch.zeros(()))
     torch.testing.assert_close(terms["loss"], expected)
 
 
@@ -234,7 +243,7 @@ def test_batches_without_pairs_images_or_labels():
 def test_micro_batches_add_up_to_one_batch(name):
     """Shares of 1 x 4, 2 x 2 and 4 x 1 samples give one loss and one gradient."""
     # InfoNCE takes its negatives from the micro-batch, so it alone depends on the division.
-    vlm, state, _, _ = deepalign_setup(DeepAlignConfig(without=("mutual", "global")))
+    vlm, state, _, _ = deepalign_setup(DeepAlignConfig(without=("mutual",)))
     samples = ["ttityyy", "tiyyyyyyy", "tyy", "ttityy"]
     whole = teacher_for(llava_batch(samples))
     if name == "deepalign":
@@ -275,7 +284,7 @@ def test_a_weak_classifier_is_reported(monkeypatch):
     """Vision and text that cannot be told apart: accuracy near one half, and a warning."""
     vlm, state, _, _ = deepalign_setup()
     noise = torch.randn(2, 64, vlm.hidden_size, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(objectives._deepalign, "representations", lambda *_: noise.unbind())
+    monkeypatch.setattr(objectives._classifier, "representations", lambda *_: noise.unbind())
     report = fit_classifier(state, vlm, [llava_batch(["ti"])])
     assert report.accuracy < 0.9 and "below 90 %" in report.warning
 

@@ -151,7 +151,15 @@ def _rule(config: Any) -> _Rule:
         )
     if kind == "llava" and config.vision_config.model_type == "pixtral":
         return _RULES["mistral3"]
-    return _RULES.get(kind, _Rule(_square, _pixels))
+    if kind in _RULES:
+        return _RULES[kind]
+    vision = getattr(config, "vision_config", None)
+    if hasattr(vision, "image_size") and hasattr(vision, "patch_size"):
+        return _RULES["llava"]  # a token a patch, or `find_patches` will say otherwise
+    raise ValueError(
+        f"the grid of image tokens is known for {', '.join(sorted(_RULES))}, and for models with "
+        f"one token for each patch of a square image: got {kind}"
+    )
 
 
 def _pixels_of(batch: Inputs) -> Tensor:
@@ -330,7 +338,27 @@ def _ragged_views(config: Any, batch: Inputs) -> Iterator[Tensor]:
         yield picture[:, :height, :width]
 
 
+# LFM2-VL: images of any size as rows of flat patches, each filled up to the longest
+
+
+def _flat(config: Any, batch: Inputs) -> Iterator[_Picture]:
+    _pixels_of(batch)
+    factor = config.downsample_factor
+    for height, width in batch["spatial_shapes"].tolist():
+        yield _Picture(((height // factor, width // factor),), (0,))
+
+
+def _flat_views(config: Any, batch: Inputs) -> Iterator[Tensor]:
+    patch = config.vision_config.patch_size
+    shapes = batch["spatial_shapes"].tolist()
+    for rows, (height, width) in zip(_pixels_of(batch), shapes, strict=True):
+        cells = rows[: height * width].view(height, width, patch, patch, -1)
+        yield cells.permute(4, 0, 2, 1, 3).reshape(-1, height * patch, width * patch)
+
+
 _RULES = {
+    "llava": _Rule(_square, _pixels),
+    "paligemma": _Rule(_square, _pixels),
     "gemma3": _Rule(_pooled, _pixels),
     "internvl": _Rule(_shuffled, _pixels),
     "idefics3": _Rule(_idefics, _real_tiles),
@@ -340,7 +368,10 @@ _RULES = {
     "qwen2_vl": _Rule(_qwen, _qwen_views),
     "qwen2_5_vl": _Rule(_qwen, _qwen_views),
     "qwen3_vl": _Rule(_qwen, _qwen_views),
+    "qwen3_vl_moe": _Rule(_qwen, _qwen_views),
     "qwen3_5": _Rule(_qwen, _qwen_views),
+    "qwen3_5_moe": _Rule(_qwen, _qwen_views),
+    "lfm2_vl": _Rule(_flat, _flat_views),
     "mistral3": _Rule(_ragged, _ragged_views),
 }
 _QFORMERS = ("blip-2", "instructblip", "instructblipvideo")

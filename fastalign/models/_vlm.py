@@ -4,8 +4,8 @@ Only public accessors and temporary hooks are used: no model class is patched, n
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,10 +32,11 @@ from fastalign.models._patches import (
     find_views,
     tower_grid,
 )
-from fastalign.models._qformer import query_attention
+from fastalign.models._qformer import cross_attentions, query_attention
 from fastalign.models._rows import only_rows, take_rows
 from fastalign.models._side_stream import is_sharded
 from fastalign.models._stand_in import stand_in_image
+from fastalign.models._taps import Taps
 from fastalign.ops._check import check_one_of
 
 IGNORE_INDEX = -100
@@ -95,7 +96,7 @@ class VLM:
         if not found:
             raise TypeError(f"{type(self.config).__name__} has no image_token_id")
         self.image_token_id: int = found[0]
-        self._image_tokens = found
+        self.image_token_ids = found
         text = self.config.get_text_config()
         self.layers = layer_stack(self.decoder)
         self.num_layers = len(self.layers)
@@ -104,6 +105,7 @@ class VLM:
         self._inputs = frozenset(named) - {"labels", "logits_to_keep", "use_cache"}
         # How logits follow from the head's output: seen in the first pass.
         self._transform: LogitTransform | None = None
+        self._taps: Taps | None = None
         self._branch = Branch(self.decoder, self.layers, text, type(model).__name__)
 
     @property
@@ -121,9 +123,9 @@ class VLM:
     def vision_mask(self, batch: Batch) -> Tensor:
         """True at image tokens, (b, L)."""
         ids: Tensor = batch["input_ids"]
-        if len(self._image_tokens) == 1:
+        if len(self.image_token_ids) == 1:
             return ids == self.image_token_id
-        return torch.isin(ids, torch.tensor(self._image_tokens, device=ids.device))
+        return torch.isin(ids, torch.tensor(self.image_token_ids, device=ids.device))
 
     def text_mask(self, batch: Batch) -> Tensor:
         """True at text tokens that are no padding, (b, L)."""
@@ -189,7 +191,8 @@ class VLM:
             )
         rows, cols = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         picked = labels[rows, cols + 1]
-        for token in self._image_tokens:
+        # A compiled graph cannot stop; the step before it, which is not compiled, has.
+        for token in () if torch.compiler.is_compiling() else self.image_token_ids:
             if (picked == token).any():
                 raise ValueError(
                     f"labels must not hold the image token {token}: "
@@ -209,14 +212,16 @@ class VLM:
             layers: Which layers to keep, 1 to `num_layers`; the last is taken after the final norm.
             labels_only: Only the rows of the last layer that predict a label are needed: the other
                 rows of `hidden` then mean nothing, and cost no queries and no MLP there. Values and
-                gradients of those rows are the same. Without effect when `layers` holds the last.
+                gradients of those rows are the same. Without effect when `layers` holds the last,
+                and in a compiled graph, which would depend on the number of labels.
 
         Raises:
             ValueError: A layer does not exist, or an input is missing that the model would do
                 without in silence.
         """
         rows = None
-        if labels_only and self.num_layers not in layers:
+        whole = self.num_layers in layers or torch.compiler.is_compiling()
+        if labels_only and not whole:
             samples, cols, _ = self.label_rows(batch)
             rows = samples * batch["input_ids"].shape[1] + cols
         return self._run(batch, layers, rows)
@@ -243,6 +248,8 @@ class VLM:
             if not 1 <= k <= self.num_layers:
                 raise ValueError(f"layers must lie in 1..{self.num_layers}: got {k}")
         self._check_inputs(batch)
+        if self._taps is not None and torch.compiler.is_compiling():
+            return self._tapped(self._taps, batch, tuple(layers))
         # Before the decoder, where the ranks that have images run theirs.
         zero = None
         if batch.get("pixel_values") is None and is_sharded(self.model):
@@ -294,11 +301,43 @@ class VLM:
         chosen = {k: kept[k] for k in layers}
         return Forward(kept[self.num_layers], chosen, seen, prefix, looks[-1] if looks else None)
 
+    def _tapped(self, taps: Taps, batch: Batch, layers: tuple[int, ...]) -> Forward:
+        """A pass inside a compiled graph, by hooks that are there already."""
+        taps.start(layers)
+        inputs = {k: v for k, v in batch.items() if k in self._inputs}
+        self.model(**inputs, use_cache=False)
+        taps.stop()
+        chosen = {k: taps.kept[k] for k in layers}
+        return Forward(taps.kept[self.num_layers], chosen, taps.seen)
+
+    @contextmanager
+    def compilable(self, batch: Batch) -> Iterator[None]:
+        """Passes inside can be part of one compiled graph.
+
+        Hooks are registered once and stay, as registering one breaks a graph. Models with a
+        Q-Former and sharded ones run as before, their graphs broken at each pass.
+
+        Args:
+            batch: Run once, without gradient, to see how the model makes its logits.
+        """
+        if cross_attentions(self.model) or is_sharded(self.model):
+            yield
+            return
+        if self._transform is None:
+            with evaluating(self.model):
+                self.forward(batch)
+        self._taps = Taps(self.layers, self.decoder, self.head)
+        try:
+            yield
+        finally:
+            self._taps.remove()
+            self._taps = None
+
     def _check_inputs(self, batch: Batch) -> None:
         """Raise where transformers would take one-dimensional positions in silence."""
         needed = "mm_token_type_ids"
         missing = needed in self._inputs and not {needed, "position_ids"} & set(batch)
-        if missing and bool(self.vision_mask(batch).any()):
+        if missing and not torch.compiler.is_compiling() and bool(self.vision_mask(batch).any()):
             raise ValueError(
                 f"batch must hold {needed} for {type(self.model).__name__}, whose positions "
                 "depend on it: its processor gives it with return_mm_token_type_ids=True"

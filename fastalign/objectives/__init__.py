@@ -5,11 +5,14 @@ micro-batches and ranks: `totals` then holds the counts over all of them, each m
 its share, and the shares add up to the value that one large batch would give.
 """
 
-from fastalign.objectives._deepalign import ClassifierReport as ClassifierReport
+from fastalign.objectives._classifier import ClassifierAccuracy as ClassifierAccuracy
+from fastalign.objectives._classifier import ClassifierReport as ClassifierReport
+from fastalign.objectives._classifier import ModalityScore as ModalityScore
+from fastalign.objectives._classifier import classifier_accuracy as classifier_accuracy
+from fastalign.objectives._classifier import fit_classifier as fit_classifier
 from fastalign.objectives._deepalign import DeepAlignConfig as DeepAlignConfig
 from fastalign.objectives._deepalign import DeepAlignState as DeepAlignState
 from fastalign.objectives._deepalign import deepalign as deepalign
-from fastalign.objectives._deepalign import fit_classifier as fit_classifier
 from fastalign.objectives._supervised import cal as cal
 from fastalign.objectives._supervised import sft as sft
 from fastalign.objectives._terms import Terms as Terms

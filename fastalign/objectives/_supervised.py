@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastalign import losses
 from fastalign.models import VLM, Batch, Forward
-from fastalign.objectives._terms import Terms, Totals, label_loss, report, share
+from fastalign.objectives._terms import Terms, Totals, anchored, label_loss, report, share
 
 NORMALIZE = ("mean", "tokens", "sample", "official")
 
@@ -27,7 +27,7 @@ def sft(vlm: VLM, batch: Batch, *, totals: Totals | None = None) -> Terms:
     """
     result, _ = label_loss(vlm, batch, vlm.forward(batch, labels_only=True), None)
     loss = share(result.loss, "tokens", len(result.per_token), totals)
-    return {"loss": loss, **report(result, totals)}
+    return {"loss": anchored(loss, vlm), **report(result, totals)}
 
 
 def cal(
@@ -106,6 +106,7 @@ def cal(
         terms["loss"] = result.loss / weights.sum().clamp_min(tiny)
     else:
         terms["loss"], terms["weight_sum"] = result.loss, weights.sum()
+    terms["loss"] = anchored(terms["loss"], vlm)
     return terms
 
 

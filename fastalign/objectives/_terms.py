@@ -12,34 +12,57 @@ Terms = dict[str, Tensor]
 Totals = Mapping[str, Tensor]
 
 
-def pair_rows(vlm: VLM, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Samples that hold both an image and text, and the two masks (b, L)."""
+def pair_masks(vlm: VLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples that hold both an image and text, (b,); the tokens of each modality, (b, L)."""
     vision, text = vlm.vision_mask(batch), vlm.text_mask(batch)
-    rows = (vision.any(1) & text.any(1)).nonzero()[:, 0]
-    return rows, (vision, text)
+    return vision.any(1) & text.any(1), vision, text
 
 
 def counts(vlm: VLM, batch: Batch) -> dict[str, Tensor]:
-    """What the objectives divide by: label tokens, samples with labels, pairs and images."""
+    """What the objectives divide by: label tokens, samples with labels, pairs and images.
+
+    Images are counted as the pictures that a teacher sees (`VLM.views`): tiles count singly.
+    """
     labels = batch.get("labels")
     device = batch["input_ids"].device
     some = torch.zeros(1, 1, dtype=torch.bool, device=device)
     labelled = some if labels is None else labels[:, 1:] != -100
-    pixels = batch.get("pixel_values")
-    image_rows, _ = pair_rows(vlm, batch)
     return {
         "tokens": labelled.sum(),
         "samples": labelled.any(1).sum(),
-        "pairs": torch.tensor(len(image_rows), device=device),
-        "images": torch.tensor(0 if pixels is None else len(pixels), device=device),
+        "pairs": pair_masks(vlm, batch)[0].sum(),
+        "images": torch.tensor(vlm.count_views(batch), device=device),
     }
 
 
 def share(total: Tensor, name: str, count: Tensor | int, totals: Totals | None) -> Tensor:
     """A sum over this micro-batch divided by the count over the whole step; 0 for nothing."""
     whole = count if totals is None else totals[name]
-    whole = torch.as_tensor(whole, device=total.device, dtype=torch.float32)
-    return total / whole.clamp_min(1.0)
+    divisor: Tensor | int
+    if isinstance(whole, int | torch.SymInt):  # a compiled step makes no tensor of the latter
+        divisor = torch.sym_max(whole, 1)  # type: ignore[no-untyped-call]
+    else:
+        whole = torch.as_tensor(whole, device=total.device, dtype=torch.float32)
+        divisor = whole.clamp_min(1.0)
+    return total / divisor
+
+
+def zero_of(vlm: VLM) -> Tensor:
+    """0, which gives the first trainable parameter a zero gradient; plain 0 when there is none.
+
+    A batch without images does not reach adapters of the vision encoder. Its loss must still go
+    through the backward, which other ranks wait for.
+    """
+    for parameter in vlm.model.parameters():
+        if parameter.requires_grad and parameter.numel():
+            zero: Tensor = parameter.flatten()[0].float() * 0.0
+            return zero
+    return torch.zeros((), device=vlm.head.weight.device)
+
+
+def anchored(loss: Tensor, vlm: VLM) -> Tensor:
+    """`loss`, differentiable also where no trainable parameter took part in it."""
+    return loss if loss.requires_grad or not torch.is_grad_enabled() else loss + zero_of(vlm)
 
 
 def label_loss(

@@ -36,7 +36,8 @@ def _path(portable: bool) -> Any:
 
 def _is_whole(hidden: Tensor, needs: Needs) -> bool:
     """Whether dz, (t, v), is kept in place of dW, (v, d): it is the smaller of the two."""
-    return needs[1] and hidden.shape[0] <= hidden.shape[1]
+    # A compiled graph may not know the number of rows.
+    return needs[1] and not torch.compiler.is_compiling() and hidden.shape[0] <= hidden.shape[1]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
