@@ -1,13 +1,14 @@
-"""The objectives inside other training loops.
+"""The objectives inside other training loops, and aligned models inside lmms-eval.
 
 `transformers` holds `AlignmentTrainer` and the mixin behind it, `trl` its supervised fine-tuning
-trainer. Each module needs the library that it is named after; this package needs neither.
+trainer, `lmms_eval` the model that serves a base with an adapter. Each module needs the library
+that it is named after; this package needs none of them.
 """
 
 import importlib
 from typing import Any
 
-_LAZY = ("transformers", "trl")
+_LAZY = ("lmms_eval", "transformers", "trl")
 
 
 def __getattr__(name: str) -> Any:
