@@ -115,12 +115,17 @@ class Heatmap(Source):
 
 @dataclass(kw_only=True)
 class Doctor:
-    """What is installed, and which path each op takes here and why.
+    """What is installed, and which path each op takes here and why; and what works with a model.
 
     Attributes:
+        model: Folder of a model: what of fastalign works with it, and what adapters cost. Of the
+            folder only config.json is read.
+        adapter: Folder of an adapter of this model, to tell its size too.
         json: Write the report here.
     """
 
+    model: Path | None = None
+    adapter: Path | None = None
     json: Path | None = None
 
 

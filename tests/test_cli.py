@@ -62,7 +62,9 @@ def test_help_lists_every_command(capsys):
         assert cli.main(argv) == 0
         shown = capsys.readouterr().out
         assert all(f"  {name} " in shown for name in cli.COMMANDS)
-    assert list(cli.COMMANDS) == ["demo", "train", "mir", "heatmap", "bench", "doctor"]
+    assert list(cli.COMMANDS) == [
+        *("demo", "train", "mir", "heatmap", "diagnose", "bench", "doctor")
+    ]
 
 
 @pytest.mark.parametrize(
