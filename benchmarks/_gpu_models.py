@@ -108,7 +108,7 @@ def build(shape: Shape, device: str, dtype: torch.dtype) -> nn.Module:
 def make_batch(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
     """Right-padded samples of one image and one answer each, of random tokens and lengths.
 
-    `teacher` are the patch features that DeepAlign distils, of the student's grid and width.
+    `teacher` are the patch features that DeepAlign distils, of the vision tower's grid and width.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -133,7 +133,9 @@ def make_batch(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> 
     width = shape.vision["hidden_size"]
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     batch |= {"pixel_values": pixels.to(dtype)}
-    batch |= {"teacher": torch.randn(shape.batch, shape.side**2, width, generator=g)}
+    # Of LLaVA-NeXT's whole picture and of its tiles together.
+    pictures = shape.batch * (2 if shape.tiles else 1)
+    batch |= {"teacher": torch.randn(pictures, shape.side**2, width, generator=g)}
     if shape.tiles:
         batch["image_sizes"] = torch.full((shape.batch, 2), 2 * side)
     return {name: x.to(device) for name, x in batch.items()}

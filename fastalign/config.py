@@ -16,7 +16,7 @@ OBJECTIVES = ("sft", "cal", "deepalign")
 TRAINABLE = ("adapters", "all")
 # Settings that a resumed run may change: none of them alters what a step computes.
 _FREE = {"output_dir", "log_every", "save_every", "keep_checkpoints", "num_workers", "report_to"}
-_FREE |= {"progress", "resume"}
+_FREE |= {"progress", "resume", "teacher_cache"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,12 @@ class TrainConfig:
         trainable: "adapters" freezes the base; "all" trains every parameter.
         adapter, cal, deepalign: See `AdapterConfig`, `CALConfig` and `DeepAlignConfig`. No adapter
             is attached when everything is trained by "sft" or "cal".
+        train_vision_from: With "adapters": the first layer of the vision tower, from 1, that is
+            trained too, with all above it as far as the language model reads them. ShareGPT4V's
+            upper half is `fastalign.adapters.upper_half(model)`, 13 of 24. None for none.
         teacher: Folder or hub name of DINOv2 or DINOv3, for "deepalign" without `teacher` features.
+        teacher_image_size: Side of the teacher's images in pixels; its own when None.
+        teacher_cache: Folder for the teacher's features, so that each image meets it once.
         max_steps: Optimizer steps.
         batch_size: Samples per rank and micro-batch.
         gradient_accumulation_steps: Micro-batches per step.
@@ -75,7 +80,10 @@ class TrainConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     cal: CALConfig = field(default_factory=CALConfig)
     deepalign: DeepAlignConfig = field(default_factory=DeepAlignConfig)
+    train_vision_from: int | None = None
     teacher: str | None = None
+    teacher_image_size: int | None = None
+    teacher_cache: str | None = None
     max_steps: int = 1000
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
@@ -102,10 +110,20 @@ class TrainConfig:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if self.train_vision_from is not None and self.trainable != "adapters":
+            raise ValueError(
+                'train_vision_from goes with trainable="adapters": got trainable='
+                f"{self.trainable!r}, which trains the whole tower"
+            )
         if self.keep_checkpoints < 1:
             raise ValueError(f"keep_checkpoints must be at least 1: got {self.keep_checkpoints}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must lie in 0..1: got {self.warmup_ratio}")
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether weights of the model itself change."""
+        return self.trainable == "all" or self.train_vision_from is not None
 
     @property
     def needs_adapter(self) -> bool:

@@ -8,7 +8,7 @@ repeats nothing and ends as an uninterrupted one.
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,29 @@ from torch import Tensor, nn
 
 from fastalign import checkpoint, objectives
 from fastalign.adapters import NAME, adapter_of, attach, save_adapter
+from fastalign.adapters._tower import open_tower
 from fastalign.config import CALConfig as CALConfig
 from fastalign.config import StepSampler, check_same_run, flat, learning_rate
 from fastalign.config import TrainConfig as TrainConfig
 from fastalign.models import VLM, Batch
 from fastalign.objectives import DeepAlignState, Terms
 from fastalign.progress import RunLog
+from fastalign.teachers import CachedTeacher, PatchTeacher, Teacher
 
 
 @dataclass
 class TrainResult:
-    """The trained model, what was logged, and how the classifier did (deepalign)."""
+    """The trained model, what was logged, and where it was written.
+
+    With an intervening DeepAlign also how the classifier did: `classifier` of its training, and
+    `classifier_accuracy` on the same held-out pairs without and with the trained adapter.
+    """
 
     model: nn.Module
     history: list[dict[str, float]]
     classifier: objectives.ClassifierReport | None
     path: Path
+    classifier_accuracy: objectives.ClassifierAccuracy | None = None
 
 
 class Step(nn.Module):
@@ -64,7 +71,7 @@ def train(
     model: nn.Module | None = None,
     dataset: Any = None,
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
-    teacher: Callable[[Batch], Tensor] | None = None,
+    teacher: Teacher | None = None,
 ) -> TrainResult:
     """Post-train a vision-language model; DeepAlign's two phases are one call.
 
@@ -73,11 +80,12 @@ def train(
         model: Used instead of loading `config.model`; trained in place.
         dataset: Map-style; used instead of `config.data`. Needs `collate`.
         collate: A list of its samples to a batch (see `VLM`).
-        teacher: A batch to patch features (images, n, C); used instead of `config.teacher`.
+        teacher: A batch to features of its views (see `fastalign.teachers`); used instead of
+            `config.teacher`. With `config.teacher_cache`, a `PatchTeacher` or a `CachedTeacher`.
 
     Returns:
-        The model, its history and the folder it was written to: `adapter/` with trainable
-        "adapters", else `model/`.
+        The model, its history and the folder it was written to: `adapter/` where the base stays as
+        it is, else `model/`, with `adapter/` beside it if there is one.
 
     Raises:
         ValueError: A setting or a batch is wrong, or the checkpoint to resume is of another run.
@@ -93,7 +101,8 @@ def train(
     )
     torch.manual_seed(config.seed)
     model, dataset, collate = _materials(config, model, dataset, collate)
-    vlm, state, parameters = _prepare_model(config, model, accelerator.device, teacher)
+    vlm, state, parameters, teacher = _prepare_model(config, model, accelerator.device, teacher)
+    cache = teacher if isinstance(teacher, CachedTeacher) else None
     optimizer = torch.optim.AdamW(_groups(parameters, config), betas=config.betas)
     folder, start, report = Path(config.output_dir), 0, None
     found = checkpoint.checkpoints(folder) if config.resume else []
@@ -101,6 +110,8 @@ def train(
         about = checkpoint.load(found[-1], checkpoint.trained_tensors(vlm.model, state), optimizer)
         check_same_run(about["config"], config, found[-1])
         start = about["step"]
+        if about.get("classifier"):
+            report = objectives.ClassifierReport(**about["classifier"])
     if state is not None and state.config.intervenes and not found:
         report = _classifier_phase(config, vlm, state, dataset, collate)
     sampler = StepSampler(
@@ -151,19 +162,28 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         log.step(step, values, norm, optimizer.param_groups[0]["lr"], totals)
         done = step + 1
-        if config.save_every and done % config.save_every == 0 and accelerator.is_main_process:
+        saves = config.save_every and done % config.save_every == 0
+        if saves and cache is not None:
+            cache.flush()
+        if saves and accelerator.is_main_process:
             checkpoint.save(
                 folder,
                 done,
                 checkpoint.trained_tensors(vlm.model, state),
                 getattr(optimizer, "optimizer", optimizer),
-                {"config": asdict(config)},
+                {"config": asdict(config), "classifier": report and asdict(report)},
                 config.keep_checkpoints,
             )
+    if cache is not None:
+        cache.close()
     vlm.model.eval()
+    judged = None
+    if state is not None and report is not None:
+        given = _classifier_batches(config, vlm, state, dataset, collate)
+        judged = objectives.classifier_accuracy(state, vlm, given, report=report)
     path = _finish(config, vlm, folder) if accelerator.is_main_process else folder
     log.close()
-    return TrainResult(vlm.model, log.history, report, path)
+    return TrainResult(vlm.model, log.history, report, path, judged)
 
 
 def _materials(
@@ -177,7 +197,7 @@ def _materials(
     if model is None:
         from transformers import AutoModelForImageTextToText
 
-        dtype = torch.bfloat16 if config.bf16 and config.trainable == "adapters" else torch.float32
+        dtype = torch.bfloat16 if config.bf16 and not config.trains_base else torch.float32
         model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype)
     if dataset is None:
         from transformers import AutoProcessor
@@ -198,25 +218,49 @@ def _prepare_model(
     config: TrainConfig,
     model: nn.Module,
     device: torch.device,
-    teacher: Callable[[Batch], Tensor] | None,
-) -> tuple[VLM, DeepAlignState | None, list[nn.Parameter]]:
-    """Adapter attached, base frozen or not, and the objective's state."""
+    teacher: Teacher | None,
+) -> tuple[VLM, DeepAlignState | None, list[nn.Parameter], Teacher | None]:
+    """Adapter attached, base frozen or not, the objective's state, and its teacher."""
     model.to(device)
     if config.needs_adapter and getattr(model, NAME, None) is None:
         attach(model, config.adapter)
     vlm = VLM(model)
     model.requires_grad_(config.trainable == "all")
+    if config.train_vision_from is not None:
+        open_tower(vlm, config.train_vision_from)
     if config.needs_adapter:
         # Master weights in float32, whatever the base is kept in.
         adapter_of(model).float().requires_grad_(True)
     state = None
     if config.objective == "deepalign":
-        if teacher is None and config.teacher:
-            from fastalign.teachers import PatchTeacher
-
-            teacher = PatchTeacher.from_pretrained(config.teacher, config.model).to(device)
+        teacher = _teacher(config, vlm, device, teacher)
         state = DeepAlignState(vlm, config.deepalign, teacher)
-    return vlm, state, [p for p in model.parameters() if p.requires_grad]
+    return vlm, state, [p for p in model.parameters() if p.requires_grad], teacher
+
+
+def _teacher(
+    config: TrainConfig, vlm: VLM, device: torch.device, teacher: Teacher | None
+) -> Teacher | None:
+    """The teacher given, else the one that the configuration names; cached when that asks for it.
+
+    Raises:
+        ValueError: A cache is asked for a callable that cannot be told from others.
+    """
+    if teacher is None and config.teacher:
+        teacher = PatchTeacher.from_pretrained(
+            config.teacher,
+            config.model or str(vlm.model.name_or_path),
+            image_size=config.teacher_image_size,
+            views=vlm.views,
+        ).to(device)
+    if teacher is None or not config.teacher_cache or isinstance(teacher, CachedTeacher):
+        return teacher
+    if not isinstance(teacher, PatchTeacher):
+        raise ValueError(
+            "teacher_cache needs a teacher by path or a PatchTeacher: wrap a callable of your own, "
+            "teacher=CachedTeacher(teacher, folder, name=..., views=VLM(model).views)"
+        )
+    return CachedTeacher(teacher, config.teacher_cache)
 
 
 def _groups(parameters: list[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
@@ -229,19 +273,23 @@ def _groups(parameters: list[nn.Parameter], config: TrainConfig) -> list[dict[st
 def _classifier_phase(
     config: TrainConfig, vlm: VLM, state: DeepAlignState, dataset: Any, collate: Any
 ) -> objectives.ClassifierReport:
-    """Every rank takes the same pairs, so that all hold the same classifier."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-    chosen = order[: 2 * state.config.classifier_pairs].tolist()
-    size, device = config.batch_size, next(vlm.model.parameters()).device
-    batches = (
-        _to(collate([dataset[j] for j in chosen[i : i + size]]), device)
-        for i in range(0, len(chosen), size)
-    )
+    batches = _classifier_batches(config, vlm, state, dataset, collate)
     vlm.model.eval()
     report = objectives.fit_classifier(state, vlm, batches)
     if report.warning:
         warnings.warn(report.warning, stacklevel=3)
     return report
+
+
+def _classifier_batches(
+    config: TrainConfig, vlm: VLM, state: DeepAlignState, dataset: Any, collate: Any
+) -> Iterator[Batch]:
+    """Every rank takes the same pairs, so that all hold the same classifier."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
+    chosen = order[: 2 * state.config.classifier_pairs].tolist()
+    size, device = config.batch_size, next(vlm.model.parameters()).device
+    for i in range(0, len(chosen), size):
+        yield _to(collate([dataset[j] for j in chosen[i : i + size]]), device)
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -282,7 +330,7 @@ def _finish(config: TrainConfig, vlm: VLM, folder: Path) -> Path:
     if config.needs_adapter:
         save_adapter(vlm.model, folder / "adapter")
         adapter_of(vlm.model).place(vlm)
-    if config.trainable == "adapters":
+    if not config.trains_base:
         return folder / "adapter"
     kept = {k: v for k, v in vlm.model.state_dict().items() if not k.startswith(NAME + ".")}
     vlm.model.save_pretrained(folder / "model", state_dict=kept)

@@ -1,11 +1,12 @@
 """A training run in a process of its own, to be killed, resumed or split over ranks.
 
-_train_run.py FOLDER OBJECTIVE [--kill CALL] [--batch-size N] [--no-dropout]
+_train_run.py FOLDER OBJECTIVE [--kill CALL] [--batch-size N] [--no-dropout] [--train-vision-from K]
 """
 
 import argparse
 import os
 import signal
+from dataclasses import replace
 
 import _samples
 
@@ -52,6 +53,7 @@ def main():
     parser.add_argument("--kill", type=int)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--no-dropout", action="store_true")
+    parser.add_argument("--train-vision-from", type=int)
     given = parser.parse_args()
     calls = 0
 
@@ -63,6 +65,7 @@ def main():
         return collate(indices)
 
     settings = config(given.folder, given.objective, batch_size=given.batch_size)
+    settings = replace(settings, train_vision_from=given.train_vision_from)
     start = model(0.0 if given.no_dropout else 0.1)
     fa.train(settings, model=start, dataset=range(20), collate=counted)
 

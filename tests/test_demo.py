@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from fastalign.demo import report
+from fastalign.demo import ablation, report
 from fastalign.demo.base import build_processor, load_base
 from fastalign.demo.dataset import SceneDataset
 from fastalign.demo.evaluate import evaluate
 from fastalign.demo.pretrain import pretrain
-from fastalign.demo.run import DemoConfig, arm_config
+from fastalign.demo.run import ABLATION, DemoConfig, arm_config
 from fastalign.demo.scenes import ATTRIBUTES, scenes
 
 # Python loads this module at its start, in the workers too.
@@ -24,7 +24,7 @@ def refuse(self, address):
         raise OSError(f"the demo opened a connection to {address}")
 socket.socket.connect = refuse
 """
-ARMS = {"base", "sft", "cal", "deepalign"}
+ARMS = {"base", "sft", "cal", "deepalign", "moca"}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,12 @@ def found(ce, sft=1.0, change=0.0, half=0.1):
     return {
         "accuracy": {"with_image": {"object": 0.6}, "shuffled_image": {"object": 0.05}},
         "cal_less_sft": {k: {"ce": ce - sft, "ce_interval": half} for k in ("clean", "swapped")},
-        "arms": {"base": arm, "sft": arm, "deepalign": arm | {"accuracy": 0.5 + change}},
+        "arms": {
+            "base": arm,
+            "sft": arm,
+            "deepalign": arm | {"accuracy": 0.5 + change},
+            "moca": arm,
+        },
     }
 
 
@@ -132,3 +137,65 @@ def test_arms_train_as_they_say():
 def test_bad_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         DemoConfig(**changes)
+
+
+# The ablation
+
+
+def judged(accuracy, ce, mir, cosine):
+    return {
+        "accuracy": dict.fromkeys(ATTRIBUTES, accuracy),
+        **{"ce": ce, "mir": mir, "patch_correlation": 0.5},
+        **{"cos_global": cosine, "cos_instance": cosine},
+    }
+
+
+def test_ablation_pairs_seeds_and_says_what_moved():
+    full = [judged(0.9, 0.2, 1.0, 0.3), judged(0.8, 0.4, 1.2, 0.5)]
+    # Cross-entropy is 0.1 higher for both seeds, whose own spread is larger than that.
+    other = [judged(0.9, 0.3, 1.1, None), judged(0.7, 0.5, 1.2, None)]
+    arms = {"full": full, "w/o intervention": other}
+    result = ablation.summarise(DemoConfig(seeds=2), judged(0.95, 0.1, 1.0, None), arms)
+    row = result["arms"]["w/o intervention"]
+    assert row["ce"] == pytest.approx(0.4) and row["ce_interval"] > 0.1
+    assert row["ce_less_full"] == pytest.approx(0.1)
+    assert row["ce_less_full_interval"] == pytest.approx(0.0, abs=1e-6)
+    # -0 and -0.1: mean -0.05, standard deviation 0.0707, t of one degree of freedom 12.706.
+    half = 12.706 * 0.0707107 / 2**0.5
+    assert row["accuracy_less_full_interval"] == pytest.approx(half, rel=1e-4)
+    assert row["cos_global"] is None and row["cos_global_less_full"] is None
+    (line,) = result["findings"]
+    assert line.startswith("w/o intervention: moved CE (nats) +0.100 ± 0.000; not beyond")
+    assert "accuracy -0.050" in line and "cos" not in line
+
+
+def test_ablation_command(tmp_path):
+    command = ["demo", "--ablation", "--seeds", "1", "--steps", "1", "--train-scenes", "16"]
+    command += ["--heldout-scenes", "16", "--batch-size", "4", "--output-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastalign", *command, "--json", str(tmp_path / "r.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert list(result["arms"]) == list(ABLATION)
+    for arm, row in result["arms"].items():
+        intervenes = arm not in ("w/o intervention", "adapters, SFT only")
+        assert (row["cos_global"] is not None) == intervenes
+        assert math.isfinite(row["ce"]) and row["ce_interval"] is None, "one seed, no interval"
+    assert "w/o distillation" in done.stdout and (tmp_path / "ablation.png").stat().st_size > 9000
+
+
+def test_ablation_arms_switch_terms_off():
+    settings = {arm: arm_config(arm, 0, DemoConfig()) for arm in ABLATION}
+    assert all(s.objective == "deepalign" for s in settings.values())
+    assert settings["full"].deepalign.without == ()
+    alone = settings["adapters, SFT only"].deepalign
+    assert not alone.intervenes and not alone.weight("visual")
+    moca = arm_config("moca", 0, DemoConfig())
+    assert moca.objective == "sft" and moca.adapter.calibration and not moca.adapter.shift_layers
+    with pytest.raises(ValueError, match="choose one"):
+        DemoConfig(real=True, ablation=True)

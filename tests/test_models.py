@@ -196,8 +196,8 @@ def test_patches_come_image_by_image():
     model, batch = tiny_llava(), llava_batch(["ti", "t", "iti"])
     vlm = VLM(model)
     (hidden,) = vlm.hidden_states(batch, [1])
-    patches = vlm.image_patches(hidden, batch)
-    assert vlm.patch_grid(batch) == (4, 4) and patches.shape == (3, TOKENS, 32)
+    assert vlm.patches(batch).grids == ((4, 4),) * 3
+    patches = vlm.patches(batch).of(hidden).view(3, TOKENS, 32)
     assert torch.equal(patches[0], hidden[0, 1 : 1 + TOKENS])
     assert torch.equal(patches[1], hidden[2, :TOKENS])
     assert torch.equal(patches[2], hidden[2, TOKENS + 1 : 2 * TOKENS + 1])
@@ -233,7 +233,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="mode must be one of .*: got 'erase'"):
         vlm.contrast(llava_batch(["tiyy"]), "erase")
     with pytest.raises(ValueError, match="no pixel_values"):
-        vlm.patch_grid(llava_batch(["ty"]))
+        vlm.patches(llava_batch(["ty"]))
     with pytest.raises(TypeError, match="Linear has no get_decoder"):
         fastalign.VLM(torch.nn.Linear(2, 2))
 

@@ -6,10 +6,10 @@ import torch
 import fastalign as fa
 from fastalign.models import query_attention
 from fastalign.models._qformer import cross_attentions
-from fastalign.testing.families import FAMILIES, family, family_batch, samples_for
+from fastalign.testing.families import FAMILIES, RECURRENT, family, family_batch, samples_for
 
 QFORMERS = ("instructblip", "instructblip_opt", "blip2")
-WITH_PATCHES = [name for name in FAMILIES if name not in (*QFORMERS, "mllama")]
+WITH_PATCHES = [name for name in (*FAMILIES, *RECURRENT) if name not in (*QFORMERS, "mllama")]
 # What each family's two image sizes are on the grid of its tokens.
 GRIDS = {
     "llava": [(4, 4)],
@@ -20,6 +20,8 @@ GRIDS = {
     "qwen2_vl": [(2, 3), (1, 2)],
     "qwen2_5_vl": [(2, 3), (1, 2)],
     "qwen3_vl": [(2, 3), (1, 2)],
+    "qwen3_5": [(2, 3), (1, 2)],
+    "lfm2_vl": [(2, 2)],
     "idefics3": [(2, 2)],
     "smolvlm": [(2, 2)],
     "mistral3": [(2, 2), (1, 2)],
@@ -84,7 +86,9 @@ def test_each_token_sees_the_pixels_of_its_cell_and_no_others(name):
         torch.nn.init.zeros_(vlm.model.model.value.weight)
     pixels = batch["pixel_values"].clone().requires_grad_()
     rows, patches = embeddings(vlm, batch, pixels), vlm.patches(batch)
-    cells = [(v, r, c) for v, (h, w) in enumerate(patches.grids) for r in range(h) for c in range(w)]
+    cells = [
+        (v, r, c) for v, (h, w) in enumerate(patches.grids) for r in range(h) for c in range(w)
+    ]
     assert len(cells) == len(patches.places) == patches.cu_seqlens[-1]
     for place, (view, row, column) in zip(patches.places.tolist(), cells, strict=True):
         (gradient,) = torch.autograd.grad(rows[place].square().sum(), pixels, retain_graph=True)

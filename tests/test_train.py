@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import fastalign as fa
 from fastalign import checkpoint
+from fastalign.adapters import upper_half
 from fastalign.config import StepSampler, learning_rate
 from fastalign.testing.models import llava_batch
 
@@ -33,13 +34,19 @@ def parameters(result):
     return {k: v for k, v in result.model.state_dict().items() if "fastalign" in k}
 
 
-@pytest.mark.parametrize("objective", ["sft", "cal", "deepalign"])
-def test_killed_run_resumes_bit_equal(tmp_path, objective):
+@pytest.mark.parametrize(
+    ("objective", "vision"),
+    [("sft", None), ("sft", 2), ("cal", None), ("deepalign", None)],
+    ids=["sft", "sft-vision", "cal", "deepalign"],
+)
+def test_killed_run_resumes_bit_equal(tmp_path, objective, vision):
     """SIGKILL in the middle, then the same command: the end is that of an undisturbed run."""
-    whole = train(tmp_path / "whole", objective)
+    whole = train(tmp_path / "whole", objective, train_vision_from=vision)
     # DeepAlign's classifier phase takes batches of its own first.
     fatal = 10 if objective != "deepalign" else 20
     command = [sys.executable, str(RUN), str(tmp_path / "killed"), objective]
+    if vision is not None:
+        command += ["--train-vision-from", str(vision)]
     killed = subprocess.run([*command, "--kill", str(fatal)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "killed")] == [
@@ -48,13 +55,27 @@ def test_killed_run_resumes_bit_equal(tmp_path, objective):
     ]
     resumed = subprocess.run(command, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    expected = load_file(tmp_path / "whole/adapter/adapter_model.safetensors")
-    actual = load_file(tmp_path / "killed/adapter/adapter_model.safetensors")
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(actual[k], expected[k]) for k in expected)
+    files = ["adapter/adapter_model.safetensors"]
+    files += ["model/model.safetensors"] if vision is not None else []
+    for file in files:
+        expected, actual = (load_file(tmp_path / name / file) for name in ("whole", "killed"))
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(actual[k], expected[k]) for k in expected)
     lines = (tmp_path / "killed/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses == [line["loss"] for line in whole.history] and len(losses) == run.STEPS
+    if objective == "deepalign":  # the classifier and the global direction go on too
+        ends = [state_of(tmp_path / name) for name in ("whole", "killed")]
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(ends[1][k], v) for k, v in ends[0].items())
+        pairs = whole.classifier.train_pairs + whole.classifier.heldout_pairs
+        assert ends[0]["objective.direction.count"] > pairs
+
+
+def state_of(folder):
+    """What the last checkpoint holds of the objective."""
+    tensors = load_file(checkpoint.checkpoints(folder)[-1] / "trained.safetensors")
+    return {k: v for k, v in tensors.items() if k.startswith("objective.")}
 
 
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
@@ -123,6 +144,9 @@ def test_two_ranks_train_as_one(tmp_path, objective):
     ]
     for key, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][key], tensor, atol=1e-4, rtol=1e-3)
+    states = [state_of(tmp_path / name) for name in ("one", "two")]
+    assert ("objective.direction.mean" in states[0]) == (objective == "deepalign")
+    torch.testing.assert_close(states[1], states[0], atol=1e-4, rtol=1e-4)
 
 
 def test_the_base_is_frozen_and_the_adapter_learns(tmp_path):
@@ -138,6 +162,55 @@ def test_the_base_is_frozen_and_the_adapter_learns(tmp_path):
     batch = llava_batch(["ttity"])
     with torch.no_grad():
         torch.testing.assert_close(fresh(**batch).logits, result.model(**batch).logits)
+
+
+def test_the_upper_half_of_the_tower_learns_beside_the_adapter(tmp_path):
+    """Of a tower of 4 layers whose third is read: layer 3, and nothing else of the base."""
+    from transformers import AutoModelForImageTextToText
+
+    model, first = run.model(), upper_half(run.model())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = train(tmp_path, "deepalign", max_steps=4, train_vision_from=first)
+    after = result.model.state_dict()
+    moved = {k for k, v in before.items() if not torch.equal(after[k], v)}
+    assert first == 3 and len(moved) > 10
+    assert all("vision_tower.encoder.layers.2." in k for k in moved)
+    assert result.path == tmp_path / "model"
+    stored = load_file(checkpoint.checkpoints(tmp_path)[-1] / "trained.safetensors")
+    assert {f"model.{k}" for k in moved} <= stored.keys()
+    loaded = AutoModelForImageTextToText.from_pretrained(result.path, dtype=torch.float32)
+    fa.load_adapter(loaded, tmp_path / "adapter")
+    batch = llava_batch(["ttity"])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, result.model(**batch).logits)
+
+
+def test_layers_of_the_tower_that_cannot_be_trained_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"train_vision_from must lie in 1..3.*got 4"):
+        train(tmp_path, train_vision_from=4)
+    with pytest.raises(ValueError, match=r"train_vision_from goes with trainable=\"adapters\""):
+        fa.TrainConfig(trainable="all", train_vision_from=2)
+    config = run.config(tmp_path, "sft", train_vision_from=2, bf16=True)
+    with pytest.raises(ValueError, match=r"needs a model in float32.*got torch.bfloat16"):
+        fa.train(config, model=run.model().bfloat16(), dataset=range(20), collate=run.collate)
+
+
+def test_the_classifier_is_judged_before_and_after(tmp_path):
+    config = run.config(tmp_path, "deepalign", max_steps=2)
+    first = fa.train(config, model=run.model(dropout=0.0), dataset=range(20), collate=run.collate)
+    judged = first.classifier_accuracy
+    assert judged.before.accuracy == first.classifier.accuracy
+    assert judged.pairs == first.classifier.heldout_pairs
+    assert judged.after.margin != judged.before.margin
+    names = {"global", "instance", "mutual", "cos_global", "cos_instance"}
+    assert all(names <= set(line) for line in first.history)
+    assert abs(first.history[0]["cos_global"]) < 1e-3 < abs(first.history[1]["cos_global"])
+    # A finished run that is started again only reports.
+    again = fa.train(config, model=run.model(dropout=0.0), dataset=range(20), collate=run.collate)
+    assert again.classifier == first.classifier
+    assert again.classifier_accuracy.pairs == judged.pairs
+    plain = train(tmp_path / "sft", max_steps=1)
+    assert plain.classifier is None and plain.classifier_accuracy is None
 
 
 def test_every_parameter_can_be_trained(tmp_path):

@@ -162,18 +162,20 @@ def findings(result: dict[str, Any]) -> list[str]:
         )
     base, aligned = result["arms"]["base"], result["arms"]["deepalign"]
     sft = result["arms"]["sft"]
-    for name, text in (("mir", "MIR"), ("patch_correlation", "correlation with the teacher")):
-        lines.append(
-            f"DeepAlign takes {text} from {base[name]:.3f} to {aligned[name]:.3f}; "
-            f"SFT of all weights to {sft[name]:.3f}."
-        )
-    change = aligned["accuracy"] - base["accuracy"]
-    half = aligned["accuracy_interval"]
-    effect = "changes" if abs(change) > half else "does not change"
+    correlation = "patch_correlation"
     lines.append(
-        f"DeepAlign {effect} accuracy beyond its interval ({change:+.3f} ± {half:.3f}); MIR "
-        "measures the gap between the modalities, never quality."
+        f"DeepAlign takes the correlation with the teacher from {base[correlation]:.3f} to "
+        f"{aligned[correlation]:.3f}; SFT of all weights to {sft[correlation]:.3f}."
     )
+    for arm, name in (("deepalign", "DeepAlign"), ("moca", "MoCa")):
+        found = result["arms"][arm]
+        change, half = found["accuracy"] - base["accuracy"], found["accuracy_interval"]
+        effect = "changes" if abs(change) > half else "does not change"
+        lines.append(
+            f"{name} {effect} accuracy beyond its interval ({change:+.3f} ± {half:.3f}) and takes "
+            f"MIR from {base['mir']:.3f} to {found['mir']:.3f}."
+        )
+    lines.append("MIR measures the gap between the modalities, never quality.")
     return lines
 
 
@@ -217,8 +219,8 @@ def _similarity(
     vlm, batch = VLM(model), heldout.batch([0])
     with evaluating(model):
         (hidden,) = vlm.hidden_states(batch, [layer])
-        student, target = vlm.image_patches(hidden, batch), teacher(batch["pixel_values"])
-    return diagnostics.patch_similarity(student[0], target[0])
+        student, target = vlm.patches(batch).of(hidden), teacher(batch["pixel_values"])
+    return diagnostics.patch_similarity(student, target[0])
 
 
 def plot_summary(result: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
-"""The demo: post-train a small vision-language model four ways and say what each one changed.
+"""The demo: post-train a small vision-language model and say what each way of it changed.
 
-From the shipped base, every seed trains "sft", "cal" and "deepalign" on clean captions and on
-captions of which some are swapped, and judges all of them on attribute combinations that no
+From the shipped base, every seed trains "sft", "cal", "deepalign" and "moca" on clean captions and
+on captions of which some are swapped, and judges all of them on attribute combinations that no
 training ever showed. Nothing is downloaded.
 """
 
@@ -37,7 +37,17 @@ from fastalign.objectives import DeepAlignConfig
 from fastalign.progress import peak_memory_mib
 from fastalign.train import train
 
-ARMS = ("sft", "cal", "deepalign")
+ARMS = ("sft", "cal", "deepalign", "moca")
+# DeepAlign with terms switched off, as in the paper's ablation; at last its adapters alone.
+ABLATION: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "w/o intervention": ("intervention",),
+    "w/o distillation": ("distillation",),
+    "w/o global": ("global",),
+    "w/o instance": ("instance",),
+    "w/o mutual": ("mutual",),
+    "adapters, SFT only": ("intervention", "distillation"),
+}
 CAPTIONS = ("clean", "swapped")
 STUDENT_LAYER = 2
 MAX_SEEDS, MAX_WORKERS = 10, 8
@@ -57,6 +67,7 @@ class DemoConfig:
         noise: Fraction of captions swapped in the noisy half.
         from_scratch: Train the base first, instead of loading the shipped one.
         real: Connect a real language model, SmolLM2-135M, to EfficientNet features instead.
+        ablation: Train DeepAlign with each of its terms left out instead, on clean captions.
     """
 
     output_dir: str = "runs/demo"
@@ -68,10 +79,13 @@ class DemoConfig:
     noise: float = 0.3
     from_scratch: bool = False
     real: bool = False
+    ablation: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.seeds <= MAX_SEEDS:
             raise ValueError(f"seeds must lie in 1..{MAX_SEEDS}: got {self.seeds}")
+        if self.real and self.ablation:
+            raise ValueError("real and ablation are demos of their own: choose one")
         if not 0.0 <= self.noise <= 1.0:
             raise ValueError(f"noise must lie in 0..1: got {self.noise}")
         for name in ("steps", "batch_size"):
@@ -110,6 +124,8 @@ def run(config: DemoConfig | None = None) -> dict[str, Any]:
 
         real: dict[str, Any] = run_real(config)
         return real
+    if config.ablation:
+        return _run_ablation(config)
     started, folder = time.perf_counter(), Path(config.output_dir)
     base_path = _base(config, folder)
     base, teacher = load_base(base_path), EfficientNetTeacher()
@@ -119,7 +135,7 @@ def run(config: DemoConfig | None = None) -> dict[str, Any]:
     seen = SceneDataset(scenes(config.heldout_scenes, seed=1), build_processor())
     judged["seen"] = evaluate(base, seen)
     with tempfile.TemporaryDirectory() as scratch:
-        outcomes = _run_arms(config, base_path, Path(scratch))
+        outcomes = _run_arms(config, base_path, Path(scratch), ARMS, CAPTIONS)
         aligned = copy.deepcopy(base)
         load_adapter(aligned, Path(scratch) / "deepalign-0-clean" / "adapter")
     result = report.summarise(config, judged, outcomes)
@@ -133,11 +149,34 @@ def run(config: DemoConfig | None = None) -> dict[str, Any]:
     return result
 
 
-def _run_arms(config: DemoConfig, base: Path, scratch: Path) -> report.Outcomes:
+def _run_ablation(config: DemoConfig) -> dict[str, Any]:
+    """DeepAlign without each of its terms, judged as the arms of the demo are."""
+    from fastalign.demo import ablation
+
+    started, folder = time.perf_counter(), Path(config.output_dir)
+    base_path = _base(config, folder)
+    judged = _judge(load_base(base_path), _heldout(config), EfficientNetTeacher())
+    with tempfile.TemporaryDirectory() as scratch:
+        outcomes = _run_arms(config, base_path, Path(scratch), tuple(ABLATION), ("clean",))
+    result = ablation.summarise(config, judged, outcomes["clean"])
+    result["seconds"] = time.perf_counter() - started
+    result["peak_mib"] = max(o["peak_mib"] for o in _all(outcomes))
+    result["figures"] = [str(ablation.figure(folder, result))]
+    ablation.show(result)
+    return result
+
+
+def _run_arms(
+    config: DemoConfig,
+    base: Path,
+    scratch: Path,
+    arms: tuple[str, ...],
+    captions: tuple[str, ...],
+) -> report.Outcomes:
     """Every arm of every seed, as many at once as there are cores, one thread each."""
-    tasks = [(arm, seed) for arm in reversed(ARMS) for seed in range(config.seeds)]
+    tasks = [(arm, seed) for arm in reversed(arms) for seed in range(config.seeds)]
     workers = min(len(tasks), os.cpu_count() or 1, MAX_WORKERS)
-    outcomes: report.Outcomes = {kind: {arm: [] for arm in ARMS} for kind in CAPTIONS}
+    outcomes: report.Outcomes = {kind: {arm: [] for arm in arms} for kind in captions}
     found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     # Spawned, as a fork of a process that has used torch's threads may hang.
     context = multiprocessing.get_context("spawn")
@@ -146,7 +185,7 @@ def _run_arms(config: DemoConfig, base: Path, scratch: Path) -> report.Outcomes:
         report.progress(len(tasks)) as advance,
     ):
         futures = {
-            pool.submit(run_arm, arm, seed, config, base, scratch): (arm, seed)
+            pool.submit(run_arm, arm, seed, config, base, scratch, captions): (arm, seed)
             for arm, seed in tasks
         }
         for future in as_completed(futures):
@@ -154,33 +193,40 @@ def _run_arms(config: DemoConfig, base: Path, scratch: Path) -> report.Outcomes:
             found[arm, seed] = future.result()
             advance(f"{arm}, seed {seed + 1} of {config.seeds}")
     for arm, seed in sorted(found, key=lambda key: key[1]):
-        for kind in CAPTIONS:
+        for kind in captions:
             outcomes[kind][arm].append(found[arm, seed][kind])
     return outcomes
 
 
 @_without_bars()
 def run_arm(
-    arm: str, seed: int, config: DemoConfig, base: Path, scratch: Path
+    arm: str,
+    seed: int,
+    config: DemoConfig,
+    base: Path,
+    scratch: Path,
+    captions: tuple[str, ...] = CAPTIONS,
 ) -> dict[str, dict[str, Any]]:
-    """Post-train the base with one objective, on clean and on swapped captions; judge both."""
+    """Post-train the base in one way, on clean and on swapped captions; judge both."""
     processor, teacher, heldout = build_processor(), EfficientNetTeacher(), _heldout(config)
     data = scenes(config.train_scenes, seed=100 + seed)
     features = None
-    if arm == "deepalign":
+    settings = arm_config(arm, seed, config)
+    if settings.objective == "deepalign" and settings.deepalign.weight("visual"):
         features = teacher_features(teacher, data.images)
     outcomes = {}
-    for kind in CAPTIONS:
+    for kind in captions:
         noisy = data if kind == "clean" else swap_captions(data, config.noise, seed=seed)
         model = load_base(base)
-        settings = replace(
-            arm_config(arm, seed, config), output_dir=f"{scratch}/{arm}-{seed}-{kind}"
-        )
+        folder = f"{scratch}/{arm.replace('/', '')}-{seed}-{kind}"
+        settings = replace(settings, output_dir=folder)
         dataset = SceneDataset(noisy, processor, teacher=features)
         done = train(settings, model=model, dataset=dataset, collate=collate)
         outcomes[kind] = _judge(model, heldout, teacher) | {
             "curve": diagnostics.learning_curve(settings.output_dir),
             "classifier_accuracy": done.classifier.accuracy if done.classifier else None,
+            "cos_global": done.history[-1].get("cos_global"),
+            "cos_instance": done.history[-1].get("cos_instance"),
             "peak_mib": peak_memory_mib(torch.device("cpu")),
         }
     return outcomes
@@ -195,13 +241,22 @@ def _heldout(config: DemoConfig) -> SceneDataset:
 
 
 def arm_config(arm: str, seed: int, config: DemoConfig) -> TrainConfig:
-    """How an arm is trained: "sft" and "cal" as published, all weights; "deepalign" adapters."""
-    adapters = arm == "deepalign"
+    """How an arm is trained.
+
+    "sft" and "cal" train all weights, as published; "deepalign", and the arms of ABLATION, its
+    adapters; "moca" the calibration of the vision tokens alone, by "sft".
+    """
+    adapter = AdapterConfig(shift_layers=(2, 3), shift_hidden_dim=128)
+    if arm == "moca":
+        adapter = AdapterConfig(shift_layers=(), calibration=True)
+    adapters = arm not in ("sft", "cal")
     return TrainConfig(
-        objective=arm,
+        objective={"sft": "sft", "moca": "sft", "cal": "cal"}.get(arm, "deepalign"),
         trainable="adapters" if adapters else "all",
-        adapter=AdapterConfig(shift_layers=(2, 3), shift_hidden_dim=128),
-        deepalign=DeepAlignConfig(student_layers=(STUDENT_LAYER,), classifier_pairs=128),
+        adapter=adapter,
+        deepalign=DeepAlignConfig(
+            student_layers=(STUDENT_LAYER,), classifier_pairs=128, without=ABLATION.get(arm, ())
+        ),
         max_steps=config.steps,
         batch_size=config.batch_size,
         learning_rate=1e-3 if adapters else 3e-4,
@@ -235,9 +290,9 @@ def _judge(model: nn.Module, heldout: SceneDataset, teacher: EfficientNetTeacher
     with evaluating(model):
         batch = batches[0]
         (hidden,) = vlm.hidden_states(batch, [STUDENT_LAYER])
-        for student, target in zip(
-            vlm.image_patches(hidden, batch), teacher(batch["pixel_values"]), strict=True
-        ):
+        targets = teacher(batch["pixel_values"])
+        students = vlm.patches(batch).of(hidden).view(*targets.shape[:2], -1)
+        for student, target in zip(students, targets, strict=True):
             correlations.append(diagnostics.patch_similarity(student, target).correlation)
     return {
         "ce": scores["ce"],
