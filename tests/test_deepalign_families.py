@@ -135,3 +135,58 @@ def test_wrong_features_are_named():
     state = DeepAlignState(vlm, DeepAlignConfig())
     with pytest.raises(ValueError, match="needs teacher features"):
         fa.objectives.deepalign(vlm, batch, state=state)
+
+
+# One compiled graph
+
+
+@pytest.fixture
+def whole_graphs():
+    """As transformers' own forward needs them to be one graph."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(
+        capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+    ):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("llava", "aot_eager"), ("internvl", "eager"), ("paligemma", "eager")]
+)
+def test_joint_step_compiles_whole(whole_graphs, name, backend):
+    """All terms, with the second pass inside: value, gradients and the direction are eager's."""
+    vlm, batch, state = prepared(name)
+    batch["teacher"] = teacher_for(vlm)(batch)
+    vlm.model.train()
+
+    def run(objective):
+        state.direction.restart(torch.zeros(0, vlm.hidden_size))
+        vlm.model.zero_grad()
+        loss = objective(batch)["loss"]
+        loss.backward()
+        gradients = [p.grad.clone() for p in adapter_of(vlm.model).parameters()]
+        return [loss.detach(), state.direction.value, *gradients]
+
+    def step(inputs):
+        return fa.objectives.deepalign(vlm, inputs, state=state)
+
+    expected = run(step)
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vlm.model.modules())
+    with vlm.compilable(batch):
+        found = run(torch.compile(step, fullgraph=True, backend=backend))
+    assert hooks == sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vlm.model.modules()
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_compilable_changes_no_pass_outside_a_graph():
+    vlm, batch, _ = prepared("llava")
+    plain = vlm.hidden_states(batch)
+    fresh = fa.VLM(vlm.model)
+    with fresh.compilable(batch):
+        assert fresh.logit_scale == 1.0 and fresh._transform is not None
+        assert all(
+            torch.equal(a, b) for a, b in zip(fresh.hidden_states(batch), plain, strict=True)
+        )

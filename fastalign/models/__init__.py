@@ -16,5 +16,6 @@ from fastalign.models._packed import packed as packed
 from fastalign.models._packed import packed_attention as packed_attention
 from fastalign.models._patches import Patches as Patches
 from fastalign.models._qformer import query_attention as query_attention
+from fastalign.models._side_stream import is_sharded as is_sharded
 from fastalign.models._vlm import IGNORE_INDEX as IGNORE_INDEX
 from fastalign.models._vlm import VLM as VLM

@@ -52,6 +52,20 @@ def _stop(*_: Any) -> None:
     raise _Stop
 
 
+def _plus(zero: Tensor) -> Any:
+    """A hook that adds a zero to a layer's input.
+
+    Of a frozen decoder without an image nothing else has a gradient, but its layers must take part
+    in the backward pass as those of the other ranks do.
+    """
+
+    def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        hidden, others, options = split_hidden(args, kwargs)
+        return (hidden + zero.to(hidden.dtype), *others), options
+
+    return hook
+
+
 def _is_managed(model: nn.Module) -> bool:
     """Whether an engine's hooks come before and after modules: they must not be left halfway."""
     return is_sharded(model) or any(hasattr(module, "_hf_hook") for module in model.modules())
@@ -267,6 +281,8 @@ class VLM:
         handles = [
             self.layers[k - 1].register_forward_hook(keep(k)) for k in layers if k < self.num_layers
         ]
+        if zero is not None:
+            handles.append(self.layers[0].register_forward_pre_hook(_plus(zero), with_kwargs=True))
         inputs_of: dict[nn.Module, Tensor] = {}
 
         def remember(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -295,8 +311,6 @@ class VLM:
                 handle.remove()
         if self._transform is None:
             self._transform = find_transform(self.model, raw[0], output["logits"])
-        if zero is not None:
-            kept[self.num_layers] = kept[self.num_layers] + zero.to(kept[self.num_layers].dtype)
         prefix = None if prefix_rows is None else Prefix(prefix_rows, inputs_of)
         chosen = {k: kept[k] for k in layers}
         return Forward(kept[self.num_layers], chosen, seen, prefix, looks[-1] if looks else None)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastalign import losses, ops
 from fastalign.adapters import disabled
-from fastalign.models import VLM, Batch, Forward, evaluating
+from fastalign.models import VLM, Batch, Forward, evaluating, is_sharded
 from fastalign.models._rows import only_rows
 from fastalign.nn import ModalityClassifier
 from fastalign.objectives._terms import Terms, Totals, pair_masks, share, zero_of
@@ -126,7 +126,8 @@ def intervention(
         zero = torch.zeros((), device=out.hidden.device)
         return dict.fromkeys(names, zero), {"cos_global": zero, "cos_instance": zero}
     pair, vision, text = pair_masks(vlm, batch)
-    if images:
+    # Without an image the modules of a sharded model still run, as on the other ranks.
+    if images or is_sharded(vlm.model):
         h_v, h_t = base_vectors(vlm, batch, state, (vision, text))
         shifted = pooled([out.layers[k] for k in state.layers], vision, config.pool)
     else:  # a rank without pairs takes part in the mean, the exchange and its backward

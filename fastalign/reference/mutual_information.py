@@ -48,8 +48,8 @@ def _infonce(similarity: Tensor, mask: Tensor | None) -> Tensor:
     kept = kept | torch.eye(len(pair), dtype=torch.bool, device=pair.device)
     similarity = similarity.masked_fill(~kept, float("-inf"))
     count = mask.sum().clamp_min(1).to(similarity)
-    ce = [F.cross_entropy(s, pair, reduction="sum") for s in (similarity, similarity.mT)]
-    return count.log() - (ce[0] + ce[1]) / (2 * count)
+    both = [F.cross_entropy(s, pair, reduction="sum") for s in (similarity, similarity.mT)]
+    return count.log() - (both[0] + both[1]) / (2 * count)
 
 
 def _centred(z: Tensor, mask: Tensor | None) -> Tensor:

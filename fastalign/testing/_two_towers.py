@@ -6,36 +6,30 @@ high resolution, and each token looks up details in its own part of that map ("p
     t = MLP(q + softmax(q k^T) v),   q of one patch, k and v of the m x m cells inside it
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CLIPVisionConfig,
-    ConvNextConfig,
-    ConvNextModel,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaModel,
-)
+
+hf: Any = import_module("transformers")  # whose types leave out what its classes take
 
 
-class TwoTowerConfig(LlavaConfig):  # type: ignore[misc]
+class TwoTowerConfig(hf.LlavaConfig):  # type: ignore[misc]
     """LLaVA's configuration and that of the tower for high resolution."""
 
     model_type = "two_tower_llava"
-    sub_configs = {**LlavaConfig.sub_configs, "high_config": ConvNextConfig}
+    sub_configs = {**hf.LlavaConfig.sub_configs, "high_config": hf.ConvNextConfig}
     high_config: Any = None
 
 
-class TwoTowerModel(LlavaModel):  # type: ignore[misc]
+class TwoTowerModel(hf.LlavaModel):  # type: ignore[misc]
     """`pixel_values` (images, 3, H, W) are of high resolution; CLIP gets them made smaller."""
 
     def __init__(self, config: TwoTowerConfig) -> None:
         super().__init__(config)
         low, high = config.vision_config.hidden_size, config.high_config.hidden_sizes[-1]
-        self.vision_tower_high = ConvNextModel(config.high_config)
+        self.vision_tower_high = hf.ConvNextModel(config.high_config)
         self.query, self.key, self.value = (nn.Linear(d, low) for d in (low, high, high))
         self.post_init()
 
@@ -56,7 +50,7 @@ class TwoTowerModel(LlavaModel):  # type: ignore[misc]
         return output
 
 
-class TwoTowerLlava(LlavaForConditionalGeneration):  # type: ignore[misc]
+class TwoTowerLlava(hf.LlavaForConditionalGeneration):  # type: ignore[misc]
     """The model with its head."""
 
     def __init__(self, config: TwoTowerConfig) -> None:
@@ -68,13 +62,13 @@ class TwoTowerLlava(LlavaForConditionalGeneration):  # type: ignore[misc]
 def two_towers(vision: dict[str, Any], text: dict[str, Any], image_token: int) -> TwoTowerLlava:
     """A model for images of twice CLIP's size, with 2 x 2 cells of ConvNeXt in each patch."""
     side = 2 * vision["image_size"]
-    high = ConvNextConfig(
+    high = hf.ConvNextConfig(
         image_size=side, patch_size=vision["patch_size"] // 2, hidden_sizes=[16, 24],
         depths=[1, 1], num_stages=2,
     )  # fmt: skip
     config = TwoTowerConfig(
-        vision_config=CLIPVisionConfig(**vision),
-        text_config=LlamaConfig(**text),
+        vision_config=hf.CLIPVisionConfig(**vision),
+        text_config=hf.LlamaConfig(**text),
         high_config=high,
         image_token_index=image_token,
     )
