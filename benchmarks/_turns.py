@@ -10,8 +10,30 @@ import torch
 
 from benchmarks import Run, _interleaved_us, _peak_mib, device_name, quantiles, results_file
 from benchmarks.__main__ import merged, write
+from benchmarks._gpu_models import Shape
 
 T = TypeVar("T")
+
+
+def llava_shape(
+    name: str, side: int, batch: int, tower: Mapping[str, int], width: int, layers: int, **more: Any
+) -> Shape:
+    """LLaVA in small: `side` squared image tokens and 128 of text, 80 of them labels.
+
+    Args:
+        name, batch: Of the shape.
+        side: Patches along a side of the image.
+        tower: Sizes of the vision tower.
+        width, layers: Of the decoder.
+        more: Other settings of the shape.
+    """
+    vision = {**tower, "num_attention_heads": 2, "image_size": 14 * side, "patch_size": 14}
+    text = {"vocab_size": 1000, "hidden_size": width, "intermediate_size": 1376 * width // 512}
+    text |= {"num_hidden_layers": layers, "num_attention_heads": 8}
+    text |= {"max_position_embeddings": 4096}
+    lengths: dict[str, Any] = {"prompt": 35, "question": (13, 13), "answer": (80, 80)}
+    vision |= {"projection_dim": 64}
+    return Shape(name, vision, text, tiles=False, batch=batch, **lengths, **more)
 
 
 @dataclass(frozen=True)

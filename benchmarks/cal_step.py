@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks._gpu_models import Shape, build, make_batch
 from benchmarks._gpu_step import hf_cal, hf_sft
-from benchmarks._turns import Row, parser, run, time_rows
+from benchmarks._turns import Row, llava_shape, parser, run, time_rows
 from fastalign import objectives
 from fastalign.models import VLM
 
@@ -26,25 +26,12 @@ FUSED = "sft fastalign"
 Loss = Callable[[], Tensor]
 
 
-def _shape(name: str, side: int, batch: int, width: int = 512, layers: int = 6) -> Shape:
-    """`side` squared image tokens and 128 of text, 80 of them labels, behind a small tower."""
-    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    vision |= {"num_attention_heads": 2, "image_size": 14 * side, "patch_size": 14}
-    text = {"vocab_size": 1000, "hidden_size": width, "intermediate_size": 1376 * width // 512}
-    text |= {"num_hidden_layers": layers, "num_attention_heads": 8}
-    text |= {"max_position_embeddings": 4096}
-    return Shape(
-        *(name, {**vision, "projection_dim": 64}, text),
-        tiles=False,
-        batch=batch,
-        prompt=35,
-        question=(13, 13),
-        answer=(80, 80),
-    )
-
-
-SHAPES = (_shape("576 + 128 tokens", 24, 2), _shape("1600 + 128 tokens", 40, 1))
-QUICK = (_shape("quick, 64 + 128 tokens", 8, 2, width=64, layers=2),)
+_TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SHAPES = (
+    llava_shape("576 + 128 tokens", 24, 2, _TOWER, 512, 6),
+    llava_shape("1600 + 128 tokens", 40, 1, _TOWER, 512, 6),
+)
+QUICK = (llava_shape("quick, 64 + 128 tokens", 8, 2, _TOWER, 64, 2),)
 
 
 def steps(model: nn.Module, batch: dict[str, Any]) -> dict[str, Callable[[], None]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks._gpu_models import Shape, build, make_batch
 from benchmarks._gpu_step import Rung, hf_sft, trainable
-from benchmarks._turns import Row, parser, run, time_rows
+from benchmarks._turns import Row, llava_shape, parser, run, time_rows
 from fastalign import objectives
 from fastalign.adapters import disabled
 from fastalign.models import VLM, evaluating
@@ -30,26 +30,12 @@ from fastalign.teachers import PatchTeacher
 SFT = "sft of the adapters"
 
 
-def _shape(name: str, side: int, batch: int, width: int = 512, layers: int = 8) -> Shape:
-    """`side` squared image tokens and 128 of text, 80 of them labels."""
-    vision = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 8}
-    vision |= {"num_attention_heads": 2, "image_size": 14 * side, "patch_size": 14}
-    text = {"vocab_size": 1000, "hidden_size": width, "intermediate_size": 1376 * width // 512}
-    text |= {"num_hidden_layers": layers, "num_attention_heads": 8}
-    text |= {"max_position_embeddings": 4096}
-    return Shape(
-        *(name, {**vision, "projection_dim": 64}, text),
-        tiles=False,
-        batch=batch,
-        prompt=35,
-        question=(13, 13),
-        answer=(80, 80),
-        shift_hidden_dim=160,
-    )
-
-
-SHAPES = (_shape("576 + 128 tokens", 24, 4), _shape("1600 + 128 tokens", 40, 2))
-QUICK = (_shape("quick, 64 + 128 tokens", 8, 2, width=64, layers=4),)
+_TOWER = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 8}
+SHAPES = (
+    llava_shape("576 + 128 tokens", 24, 4, _TOWER, 512, 8, shift_hidden_dim=160),
+    llava_shape("1600 + 128 tokens", 40, 2, _TOWER, 512, 8, shift_hidden_dim=160),
+)
+QUICK = (llava_shape("quick, 64 + 128 tokens", 8, 2, _TOWER, 64, 4, shift_hidden_dim=160),)
 
 
 def steps(model: nn.Module, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:

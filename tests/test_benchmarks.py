@@ -328,3 +328,23 @@ def test_save_replaces_the_rows_of_the_same_case(harness, command, monkeypatch, 
 def test_wrong_arguments_are_explained(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "base", "rows"),
+    [
+        ("cal_step", "sft transformers", {"sft fastalign", "cal as published", "branch"}),
+        ("deepalign_step", "sft of the adapters", {"deepalign", "base states", "teacher"}),
+    ],
+)
+def test_whole_steps_are_timed_in_turn(harness, module, base, rows, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    benchmark = importlib.import_module(f"benchmarks.{module}")
+    assert benchmark.main(["--quick", "--json", str(file)]) == 0
+    found = {row["impl"]: row for row in json.loads(file.read_text())}
+    assert rows <= set(found) and found[base]["ratio"] == 1.0
+    for row in found.values():
+        assert row["op"] == module and 0 < row["p10_us"] <= row["median_us"] <= row["p90_us"]
+        assert row["peak_mib"] > 0 and "max_error" not in row
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in found)

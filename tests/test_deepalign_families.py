@@ -7,9 +7,9 @@ import torch.nn.functional as F
 import fastalign as fa
 from fastalign.adapters import adapter_of
 from fastalign.objectives import DeepAlignConfig, DeepAlignState
-from fastalign.testing.families import FAMILIES, family, family_batch, samples_for
+from fastalign.testing.families import FAMILIES, RECURRENT, family, family_batch, samples_for
 
-FAMILIES = [name for name in FAMILIES if name != "mllama"]
+FAMILIES = [name for name in (*FAMILIES, *RECURRENT) if name != "mllama"]
 QFORMERS = ("instructblip", "instructblip_opt", "blip2")
 WIDTH = 6
 

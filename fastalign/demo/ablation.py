@@ -103,14 +103,16 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console()
     title = f"DeepAlign without each term, mean of {result['seeds']} seeds ± 95 % interval"
-    table = Table(title=title, title_justify="left")
-    table.add_column("arm", no_wrap=True)
-    for name in COLUMNS.values():
-        table.add_column(name, justify="right")
-    table.add_row("base", *(_cell(result["base"][column], None) for column in COLUMNS))
-    for arm, row in result["arms"].items():
-        table.add_row(arm, *(_cell(row[c], row[f"{c}_interval"]) for c in COLUMNS))
-    console.print(table)
+    names = list(COLUMNS)
+    for columns in (names[:3], names[3:]):  # side by side they are wider than a terminal
+        table = Table(title=title, title_justify="left")
+        table.add_column("arm", no_wrap=True)
+        for column in columns:
+            table.add_column(COLUMNS[column], justify="right", no_wrap=True)
+        table.add_row("base", *(_cell(result["base"][column], None) for column in columns))
+        for arm, row in result["arms"].items():
+            table.add_row(arm, *(_cell(row[c], row[f"{c}_interval"]) for c in columns))
+        console.print(table)
     console.print("Against the full method, paired by seed:")
     for line in result["findings"]:
         console.print("- " + line)

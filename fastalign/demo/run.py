@@ -50,6 +50,7 @@ ABLATION: dict[str, tuple[str, ...]] = {
 }
 CAPTIONS = ("clean", "swapped")
 STUDENT_LAYER = 2
+POOLED_LAYERS = (1, 2, 3, 4)  # all of them: the second pass is cheap here
 MAX_SEEDS, MAX_WORKERS = 10, 8
 
 
@@ -255,7 +256,10 @@ def arm_config(arm: str, seed: int, config: DemoConfig) -> TrainConfig:
         trainable="adapters" if adapters else "all",
         adapter=adapter,
         deepalign=DeepAlignConfig(
-            student_layers=(STUDENT_LAYER,), classifier_pairs=128, without=ABLATION.get(arm, ())
+            layers=POOLED_LAYERS,
+            student_layers=(STUDENT_LAYER,),
+            classifier_pairs=128,
+            without=ABLATION.get(arm, ()),
         ),
         max_steps=config.steps,
         batch_size=config.batch_size,
