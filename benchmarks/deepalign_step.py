@@ -7,7 +7,7 @@ and 6; tower, adapters and decoder stand to each other about as those of LLaVA-1
 published setting. The teacher's features lie in the batch. Rows are timed in turn; ratios are of
 medians to fine-tuning of the same adapters by `objectives.sft`. "base states" is the second pass
 alone, without the adapters; "every layer" pools the states of all decoder layers for the
-classifier instead of those of the first quarter; "teacher" is a vision transformer of the student
+classifier instead of those of the first fifth; "teacher" is a vision transformer of the student
 tower's size, run on the batch's images: it is no part of the other rows.
 """
 
@@ -32,10 +32,10 @@ SFT = "sft of the adapters"
 
 _TOWER = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 8}
 SHAPES = (
-    llava_shape("576 + 128 tokens", 24, 4, _TOWER, 512, 8, shift_hidden_dim=160),
-    llava_shape("1600 + 128 tokens", 40, 2, _TOWER, 512, 8, shift_hidden_dim=160),
+    llava_shape("576 + 128 tokens", 24, 4, _TOWER, 512, 10, shift_hidden_dim=160),
+    llava_shape("1600 + 128 tokens", 40, 2, _TOWER, 512, 10, shift_hidden_dim=160),
 )
-QUICK = (llava_shape("quick, 64 + 128 tokens", 8, 2, _TOWER, 64, 4, shift_hidden_dim=160),)
+QUICK = (llava_shape("quick, 64 + 128 tokens", 8, 2, _TOWER, 64, 5, shift_hidden_dim=160),)
 
 
 def steps(model: nn.Module, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:

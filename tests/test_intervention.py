@@ -133,11 +133,11 @@ def test_a_sample_without_the_modality_is_zero_with_gradient_zero(pool):
     assert not hidden.grad[0].any() and torch.equal(hidden.grad[1, 0], torch.ones(4))
 
 
-def test_layers_are_the_first_quarter_unless_named():
+def test_layers_are_the_first_fifth_unless_named():
     chosen = {
-        layers: DeepAlignState(fa.VLM(tiny_llava(layers=layers))).layers for layers in (1, 3, 4, 9)
+        layers: DeepAlignState(fa.VLM(tiny_llava(layers=layers))).layers for layers in (1, 4, 9, 10)
     }
-    assert chosen == {1: (1,), 3: (1,), 4: (1,), 9: (1, 2)}
+    assert chosen == {1: (1,), 4: (1,), 9: (1,), 10: (1, 2)}
     vlm = fa.VLM(tiny_llava())
     assert DeepAlignState(vlm, DeepAlignConfig(layers=(2, 3))).layers == (2, 3)
 

@@ -22,9 +22,9 @@ class DeepAlignConfig:
         without: Terms switched off, as in the paper's ablation: "intervention" (global, instance
             and mutual together), "distillation", "global", "instance", "mutual".
         layers: Decoder layers whose states are averaged for the classifier and the directions; the
-            first quarter of the decoder when empty. Each step needs them of the base model too, and
+            first fifth of the decoder when empty. Each step needs them of the base model too, and
             that pass ends after the deepest: all layers would add nearly half of a step with a
-            frozen base, the first quarter a fraction of that.
+            frozen base, the first fifth a fraction of that.
         pool: "last" token of each modality, or the "mean" of its tokens.
         student_layers: Decoder layers whose image tokens are distilled; the middle one when empty.
         kind: "cosine" or "mse", of the shift losses.
@@ -93,7 +93,7 @@ class DeepAlignState(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config or DeepAlignConfig()
-        self.layers = self.config.layers or tuple(range(1, max(1, vlm.num_layers // 4) + 1))
+        self.layers = self.config.layers or tuple(range(1, max(1, vlm.num_layers // 5) + 1))
         self.student_layers = self.config.student_layers or (max(1, vlm.num_layers // 2),)
         self.classifier = ModalityClassifier(vlm.hidden_size, self.config.classifier_hidden_dims)
         self.classifier.requires_grad_(False)
