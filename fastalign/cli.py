@@ -1,4 +1,4 @@
-"""The command line: `fastalign demo | train | mir | heatmap | diagnose | bench | doctor`.
+"""The command line: `fastalign demo | train | mir | heatmap | diagnose | plan | bench | doctor`.
 
 A command imports what it needs when it runs. Errors that a user can mend (a wrong value, a missing
 file) are one line; all others keep their trace.
@@ -279,6 +279,16 @@ def diagnose(argv: list[str]) -> None:
     run(argv)
 
 
+# -- plan ----------------------------------------------------------------------------------------
+
+
+def plan(argv: list[str]) -> None:
+    """Say what a training run will take: memory, FLOPs and hours, from config.json alone."""
+    from fastalign.commands.plan import run
+
+    run(argv)
+
+
 # -- doctor --------------------------------------------------------------------------------------
 
 
@@ -315,6 +325,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "mir": mir,
     "heatmap": heatmap,
     "diagnose": diagnose,
+    "plan": plan,
     "bench": bench,
     "doctor": doctor,
 }

@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,7 +40,8 @@ class TrainConfig:
 
     Attributes:
         model: Folder or hub name of an image-text-to-text model, unless `train` is given one.
-        data: JSON or JSONL of LLaVA-style records, unless `train` is given a dataset.
+        data: What `fastalign.data.open_data` reads: JSON or JSONL of LLaVA-style records, tar
+            shards, parquet, a folder of `datasets`; unless `train` is given a dataset.
         image_root: Where relative image paths start; the folder of `data` when None.
         output_dir: For checkpoints, `metrics.jsonl` and the result.
         objective: "sft", "cal" or "deepalign".
@@ -60,6 +61,12 @@ class TrainConfig:
         weight_decay: Of matrices and kernels; vectors have none.
         max_grad_norm: Gradients are scaled down to this norm; 0 for never.
         max_length: Longest sequence in tokens; None for no limit.
+        on_overflow: What becomes of a longer one: "raise" makes it a bad sample, "truncate" cuts
+            its end, never an image token.
+        on_bad_sample: "raise", or "skip" to have another take the place of a sample that cannot be
+            used, and count it.
+        group_by_length: Divide the samples of a step among its micro-batches and ranks by images
+            and length of text, so that less is padded. The step keeps its samples.
         bf16: Automatic mixed precision in bfloat16.
         seed: Of data order, initialisation and dropout.
         log_every: Steps between lines of `metrics.jsonl`.
@@ -93,6 +100,9 @@ class TrainConfig:
     warmup_ratio: float = 0.03
     max_grad_norm: float = 1.0
     max_length: int | None = None
+    on_overflow: Literal["raise", "truncate"] = "raise"
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    group_by_length: bool = False
     bf16: bool = False
     seed: int = 0
     log_every: int = 10
@@ -104,7 +114,13 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (("objective", OBJECTIVES), ("trainable", TRAINABLE)):
+        choices = (
+            ("objective", OBJECTIVES),
+            ("trainable", TRAINABLE),
+            ("on_overflow", ("raise", "truncate")),
+            ("on_bad_sample", ("raise", "skip")),
+        )
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}: got {getattr(self, name)!r}")
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
@@ -144,36 +160,96 @@ class StepSampler:
 
     Every epoch is a permutation drawn from (seed, epoch); a step takes the next
     ranks * accumulation * batch_size samples of the endless sequence, however they are divided.
+    With `lengths`, anything that can be compared, those of a step are sorted by it first, so that
+    a micro-batch holds samples that are alike and little is padded.
     """
 
-    def __init__(self, size: int, config: TrainConfig, rank: int, ranks: int, start: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        config: TrainConfig,
+        rank: int,
+        ranks: int,
+        start: int,
+        lengths: Sequence[Any] | None = None,
+    ) -> None:
         if size < 1:
             raise ValueError("the dataset must hold at least one sample: got none")
+        if lengths is not None and len(lengths) != size:
+            raise ValueError(f"lengths must be those of {size} samples: got {len(lengths)}")
         self.size, self.config, self.rank, self.ranks, self.start = size, config, rank, ranks, start
+        self.lengths = lengths
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the sequence of samples stands after `step` steps, and what it follows from."""
+        batch = self.config.batch_size * self.config.gradient_accumulation_steps
+        return {
+            "seed": self.config.seed,
+            "position": step * batch * self.ranks,
+            "samples": self.size,
+            "world_size": self.ranks,
+            "batch_size": self.config.batch_size,
+            "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
+        }
 
     def __len__(self) -> int:
         return (self.config.max_steps - self.start) * self.config.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         config, epoch, order = self.config, -1, torch.empty(0)
-        for number in range(len(self)):
-            micro = number + self.start * config.gradient_accumulation_steps
-            first = (micro * self.ranks + self.rank) * config.batch_size
+        per_step = self.ranks * config.gradient_accumulation_steps * config.batch_size
+        for step in range(self.start, config.max_steps):
             indices = []
-            for position in range(first, first + config.batch_size):
+            for position in range(step * per_step, (step + 1) * per_step):
                 if position // self.size != epoch:
                     epoch = position // self.size
                     seed = config.seed * 1_000_003 + epoch
                     generator = torch.Generator().manual_seed(seed)
                     order = torch.randperm(self.size, generator=generator)
                 indices.append(int(order[position % self.size]))
-            yield indices
+            if self.lengths is not None:
+                indices.sort(key=self.lengths.__getitem__)
+            for micro in range(config.gradient_accumulation_steps):
+                first = (micro * self.ranks + self.rank) * config.batch_size
+                yield indices[first : first + config.batch_size]
+
+
+def schedule_state(step: int, config: TrainConfig) -> dict[str, Any]:
+    """What `learning_rate` goes by, and what it gave in the last of `step` steps."""
+    return {
+        "step": step,
+        "rule": "linear warm-up, then half a cosine to 0",
+        "peak": config.learning_rate,
+        "warmup_ratio": config.warmup_ratio,
+        "max_steps": config.max_steps,
+        "last": learning_rate(step - 1, config),
+    }
 
 
 def check_same_run(stored: dict[str, Any], config: TrainConfig, path: Path) -> None:
     """A checkpoint continues only the run that made it."""
     before, now = flat(stored), flat(json.loads(json.dumps(asdict(config))))
     changed = [k for k in now if k.split(".")[0] not in _FREE and now[k] != before.get(k)]
+    _refuse(changed, before, now, path)
+
+
+def check_same_place(stored: dict[str, Any], sampler: StepSampler, path: Path) -> None:
+    """The samples and learning rates to come are those that the stored run would have met."""
+    start = sampler.start
+    places = {"sampler": sampler.state(start), "schedule": schedule_state(start, sampler.config)}
+    now, before = flat(places), flat({name: stored[name + ".json"] for name in places})
+    changed = [k for k in now if not _same(now[k], before.get(k))]
+    _refuse(changed, before, now, path)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, or floats that two machines' cosines may tell apart."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-30)
+    return bool(a == b)
+
+
+def _refuse(changed: list[str], before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     if changed:
         listed = ", ".join(f"{k}: {before.get(k)} then, {now[k]} now" for k in changed)
         raise ValueError(

@@ -1,6 +1,7 @@
 """What a run reports while it goes: a progress bar, `metrics.jsonl`, trackers."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,8 @@ class RunLog:
     """Collects the terms of each step on the main rank and writes a line every `log_every` steps.
 
     A line holds the step, the terms (means over the steps since the last line), the learning rate,
-    the gradient norm, tokens and images per second and the peak memory. Lines of a run that is
+    the gradient norm, tokens and images per second and the peak memory; where samples may be
+    skipped also how many were since the last line, by reason. Lines of a run that is
     being resumed are kept up to its checkpoint.
     """
 
@@ -43,11 +45,12 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         if start and path.exists():
-            lines = (json.loads(line) for line in path.read_text().splitlines() if line)
-            self.history = [line for line in lines if line["step"] <= start]
-        self._file = path.open("w")
-        for line in self.history:
-            self._write(line)
+            self.history = [line for line in _whole_lines(path) if line["step"] <= start]
+        # Whole under another name first: a run killed here loses no line.
+        partial = folder / ".metrics.jsonl.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        os.replace(partial, path)
+        self._file = path.open("a")
         if config.progress:
             self._start_bar(start)
 
@@ -90,7 +93,9 @@ class RunLog:
         seconds = time.perf_counter() - self._clock
         line = {"step": done, "learning_rate": rate}
         for name, total in self._sums.items():
-            line[name] = float(total) / (seconds if name.endswith("_per_s") else self._steps)
+            counted = name.startswith("skipped")  # a sum already, of the steps of this line
+            per = seconds if name.endswith("_per_s") else 1 if counted else self._steps
+            line[name] = float(total) / per
         line["peak_mib"] = peak_memory_mib(self.accelerator.device)
         self.history.append(line)
         self._write(line)
@@ -107,6 +112,23 @@ class RunLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
+    def state(self) -> dict[str, Tensor]:
+        """Sums since the last line, for a checkpoint; the lines before it are brought to disk."""
+        os.fsync(self._file.fileno())
+        seconds = torch.tensor(time.perf_counter() - self._clock, dtype=torch.float64)
+        sums = {f"sum.{name}": value for name, value in self._sums.items()}
+        return {**sums, "steps": torch.tensor(self._steps), "seconds": seconds}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned, so that the next line is that of an unbroken run."""
+        self._steps, seconds = int(state["steps"]), float(state["seconds"])
+        self._clock = time.perf_counter() - seconds
+        self._sums = {
+            name.removeprefix("sum."): value.to(self.accelerator.device)
+            for name, value in state.items()
+            if name.startswith("sum.")
+        }
+
     def close(self) -> None:
         """End the bar, the file and the trackers."""
         if self._bar is not None:
@@ -115,3 +137,9 @@ class RunLog:
             self._file.close()
         if self.config.report_to:
             self.accelerator.end_training()
+
+
+def _whole_lines(path: Path) -> list[dict[str, float]]:
+    """Lines of a file whose last one may have been cut short by a kill."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]

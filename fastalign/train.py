@@ -16,12 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalign import checkpoint, objectives
+from fastalign import _random_states, checkpoint, objectives
 from fastalign.adapters import NAME, adapter_of, attach, save_adapter
+from fastalign.adapters._peft import prepare_base
 from fastalign.adapters._tower import open_tower
 from fastalign.config import CALConfig as CALConfig
-from fastalign.config import StepSampler, check_same_run, flat, learning_rate
+from fastalign.config import (
+    StepSampler,
+    check_same_place,
+    check_same_run,
+    flat,
+    learning_rate,
+    schedule_state,
+)
 from fastalign.config import TrainConfig as TrainConfig
+from fastalign.data._skip import Skips
+from fastalign.data._sources import sample_lengths
 from fastalign.models import VLM, Batch
 from fastalign.objectives import DeepAlignState, Terms
 from fastalign.progress import RunLog
@@ -88,8 +98,11 @@ def train(
         it is, else `model/`, with `adapter/` beside it if there is one.
 
     Raises:
-        ValueError: A setting or a batch is wrong, or the checkpoint to resume is of another run.
-        FloatingPointError: A loss or gradient is not finite; names the term and the step.
+        ValueError: A setting or a batch is wrong, the checkpoint to resume is of another run, or
+            there are checkpoints of which none verifies.
+        FloatingPointError: A loss or gradient is not finite; names the term and the step. Or a
+            weight that a checkpoint would hold; names it.
+        OSError: The disk did not take a checkpoint; names the file. Those before it are whole.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -101,22 +114,29 @@ def train(
     )
     torch.manual_seed(config.seed)
     model, dataset, collate = _materials(config, model, dataset, collate)
+    skips = Skips(config.on_bad_sample == "skip", config.log_every, config.max_steps, accelerator)
+    lengths = sample_lengths(dataset) if config.group_by_length else None
+    dataset, collate = skips.wrap(dataset, collate, config.seed)
     vlm, state, parameters, teacher = _prepare_model(config, model, accelerator.device, teacher)
     cache = teacher if isinstance(teacher, CachedTeacher) else None
     optimizer = torch.optim.AdamW(_groups(parameters, config), betas=config.betas)
     folder, start, report = Path(config.output_dir), 0, None
-    found = checkpoint.checkpoints(folder) if config.resume else []
+    if accelerator.is_main_process:
+        checkpoint.remove_leftovers(folder)
+    found = checkpoint.newest_valid(folder) if config.resume else None
     if found:
-        about = checkpoint.load(found[-1], checkpoint.trained_tensors(vlm.model, state), optimizer)
-        check_same_run(about["config"], config, found[-1])
-        start = about["step"]
-        if about.get("classifier"):
-            report = objectives.ClassifierReport(**about["classifier"])
+        stored = checkpoint.load(found, checkpoint.trained_tensors(vlm.model, state), optimizer)
+        check_same_run(stored["trainer.json"]["config"], config, found)
+        start = stored["schedule.json"]["step"]
+        if stored["trainer.json"]["classifier"]:
+            report = objectives.ClassifierReport(**stored["trainer.json"]["classifier"])
     if state is not None and state.config.intervenes and not found:
         report = _classifier_phase(config, vlm, state, dataset, collate)
     sampler = StepSampler(
-        len(dataset), config, accelerator.process_index, accelerator.num_processes, start
+        len(dataset), config, accelerator.process_index, accelerator.num_processes, start, lengths
     )
+    if found:
+        check_same_place(stored, sampler, found)
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers
     )
@@ -125,7 +145,10 @@ def train(
         accelerator.init_trackers("fastalign", config=flat(asdict(config)))
     log = RunLog(config, folder, start, accelerator)
 
-    batches = iter(loader)
+    batches = skips.follow(iter(loader))
+    if found:
+        log.restore(stored["log.safetensors"])
+        _random_states.restore_rank(stored["rng.safetensors"], accelerator)
     vlm.model.train()
     for step in range(start, config.max_steps):
         torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + accelerator.process_index)
@@ -160,18 +183,29 @@ def train(
             nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        values |= skips.counts(step + 1)
         log.step(step, values, norm, optimizer.param_groups[0]["lr"], totals)
         done = step + 1
         saves = config.save_every and done % config.save_every == 0
         if saves and cache is not None:
             cache.flush()
+        generators = _random_states.gather(accelerator) if saves else {}
         if saves and accelerator.is_main_process:
             checkpoint.save(
                 folder,
                 done,
                 checkpoint.trained_tensors(vlm.model, state),
                 getattr(optimizer, "optimizer", optimizer),
-                {"config": asdict(config), "classifier": report and asdict(report)},
+                {
+                    "trainer.json": {
+                        "config": asdict(config),
+                        "classifier": report and asdict(report),
+                    },
+                    "schedule.json": schedule_state(done, config),
+                    "sampler.json": sampler.state(done),
+                    "rng.safetensors": generators,
+                    "log.safetensors": log.state(),
+                },
                 config.keep_checkpoints,
             )
     if cache is not None:
@@ -183,6 +217,7 @@ def train(
         judged = objectives.classifier_accuracy(state, vlm, given, report=report)
     path = _finish(config, vlm, folder) if accelerator.is_main_process else folder
     log.close()
+    skips.close()
     return TrainResult(vlm.model, log.history, report, path, judged)
 
 
@@ -202,15 +237,20 @@ def _materials(
     if dataset is None:
         from transformers import AutoProcessor
 
-        from fastalign.data import Collator, load_records
+        from fastalign.data import Collator, open_data
 
-        dataset = load_records(config.data, config.image_root)
+        dataset = open_data(config.data, config.image_root, on_error=config.on_bad_sample)
         source = config.model or str(model.name_or_path)
         loader: Any = AutoProcessor
         processor = loader.from_pretrained(source)
         # A model learns to stop from the end token, which LLaVA-1.5's template leaves out.
         ends = processor.tokenizer.eos_token is not None
-        collate = Collator(processor, max_length=config.max_length, append_eos=ends)
+        collate = Collator(
+            processor,
+            max_length=config.max_length,
+            on_overflow=config.on_overflow,
+            append_eos=ends,
+        )
     return model, dataset, collate
 
 
@@ -225,7 +265,7 @@ def _prepare_model(
     if config.needs_adapter and getattr(model, NAME, None) is None:
         attach(model, config.adapter)
     vlm = VLM(model)
-    model.requires_grad_(config.trainable == "all")
+    prepare_base(model, config.trainable == "all", config.trains_base)
     if config.train_vision_from is not None:
         open_tower(vlm, config.train_vision_from)
     if config.needs_adapter:

@@ -1,10 +1,12 @@
 """A training run in a process of its own, to be killed, resumed or split over ranks.
 
-_train_run.py FOLDER OBJECTIVE [--kill CALL] [--batch-size N] [--no-dropout] [--train-vision-from K]
+_train_run.py FOLDER OBJECTIVE [--kill CALL] [--full CALL] [--batch-size N] [--no-dropout]
+    [--train-vision-from K]
 """
 
 import argparse
 import os
+import resource
 import signal
 from dataclasses import replace
 
@@ -51,6 +53,7 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("objective")
     parser.add_argument("--kill", type=int)
+    parser.add_argument("--full", type=int, help="from this batch on, no file passes 50,000 bytes")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--no-dropout", action="store_true")
     parser.add_argument("--train-vision-from", type=int)
@@ -62,6 +65,9 @@ def main():
         calls += 1
         if calls == given.kill:
             os.kill(os.getpid(), signal.SIGKILL)
+        if calls == given.full:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
         return collate(indices)
 
     settings = config(given.folder, given.objective, batch_size=given.batch_size)

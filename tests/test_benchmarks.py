@@ -348,3 +348,20 @@ def test_whole_steps_are_timed_in_turn(harness, module, base, rows, tmp_path, ca
         assert row["peak_mib"] > 0 and "max_error" not in row
     printed = capsys.readouterr().out
     assert all(name in printed for name in found)
+
+
+def test_the_loader_is_timed_by_source(harness, tmp_path, capsys):
+    pytest.importorskip("datasets")
+    file = tmp_path / "rows.json"
+    benchmark = importlib.import_module("benchmarks.loader")
+    threads = torch.get_num_threads()
+    try:
+        assert benchmark.main(["--quick", "--json", str(file)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = {row["impl"]: row for row in json.loads(file.read_text())}
+    sources = {f"{name}, {n} workers" for name in ("json", "tar", "parquet") for n in (0, 1)}
+    assert set(found) == {*sources, "decoded beforehand, 0 workers"}
+    assert found["json, 0 workers"]["ratio"] == 1.0
+    assert all(row["max_error"] == 0.0 and row["median_us"] > 0 for row in found.values())
+    assert "images/s" in capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_help_lists_every_command(capsys):
         shown = capsys.readouterr().out
         assert all(f"  {name} " in shown for name in cli.COMMANDS)
     assert list(cli.COMMANDS) == [
-        *("demo", "train", "mir", "heatmap", "diagnose", "bench", "doctor")
+        *("demo", "train", "mir", "heatmap", "diagnose", "plan", "bench", "doctor")
     ]
 
 

@@ -151,7 +151,7 @@ LISTED = {name for name, _ in ENTRIES}
 COMPLETE = (
     "fastalign", "fastalign.losses", "fastalign.linalg", "fastalign.metrics", "fastalign.nn",
     "fastalign.ops", "fastalign.objectives", "fastalign.adapters", "fastalign.teachers",
-    "fastalign.data", "fastalign.diagnostics",
+    "fastalign.data", "fastalign.diagnostics", "fastalign.planning",
 )  # fmt: skip
 
 

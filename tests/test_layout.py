@@ -21,10 +21,14 @@ FLOORS = [
     ["fastalign.losses", "fastalign.linalg", "fastalign.nn", "fastalign.metrics"],
     ["fastalign.models"],
     ["fastalign.adapters", "fastalign.data", "fastalign.objectives", "fastalign.teachers"],
-    ["fastalign.config", "fastalign.checkpoint", "fastalign.progress", "fastalign.train"],
+    [
+        *("fastalign.config", "fastalign.checkpoint", "fastalign.progress", "fastalign.train"),
+        *("fastalign._manifest", "fastalign._random_states"),
+    ],
     [
         *("fastalign.diagnostics", "fastalign.demo", "fastalign.integrations"),
         *("fastalign.cli", "fastalign.commands", "fastalign.settings", "fastalign.doctor"),
+        "fastalign.planning",
         "fastalign.__main__",
     ],
 ]
@@ -158,12 +162,16 @@ def suspects(tree: ast.Module) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             found |= {node.func.id} & {"eval", "exec", "__import__"}
-        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+        if isinstance(node, ast.keyword):
+            found |= {node.arg} & {"trust_remote_code", "allow_pickle", "shell"}
+        if isinstance(node, ast.Constant) and node.value == "trust_remote_code":
             found.add("trust_remote_code")
         if isinstance(node, ast.Attribute):
             name = ast.unparse(node)
             known = ("os.environ", "os.getenv", "os.putenv", "os.system", "torch.load")
+            known += ("torch.save", "yaml.load", "yaml.unsafe_load", "yaml.full_load")
             found |= {name} & set(known)
+            found |= {node.attr} & {"extractall", "unpack_archive"}  # paths of the archive's own
     unsafe = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
     found |= {name.split(".")[0] for name in imports(tree)} & set(unsafe)
     return found | ({"os.environ", "os.getenv"} & imports(tree))
@@ -194,6 +202,11 @@ def test_torch_load_reads_weights_only():
         ("from os import environ", "os.environ"),
         ("import os\nos.environ.get('A')", "os.environ"),
         ("load(trust_remote_code=True)", "trust_remote_code"),
+        ("load(**{'trust_remote_code': True})", "trust_remote_code"),
+        ("import numpy\nnumpy.load('f', allow_pickle=True)", "allow_pickle"),
+        ("import yaml\nyaml.load(f, yaml.Loader)", "yaml.load"),
+        ("import subprocess\nsubprocess.run(x, shell=True)", "shell"),
+        ("tarfile.open(f).extractall('.')", "extractall"),
         ("import torch\ntorch.load('f')", "torch.load"),
     ],
 )

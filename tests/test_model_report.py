@@ -9,7 +9,7 @@ from fastalign import cli
 from fastalign.commands.model_report import examine_model
 from fastalign.testing.families import FAMILIES, RECURRENT, family
 
-NO_GRID = ("mllama", "lfm2_vl", "instructblip", "instructblip_opt", "blip2")
+NO_GRID = ("mllama", "instructblip", "instructblip_opt", "blip2")
 
 
 def folder(name, tmp_path):
@@ -36,7 +36,7 @@ def test_a_family_is_described_by_its_configuration(name, tmp_path):
         "shift": name != "mllama",
         "decoder shift": name not in NO_GRID,
         "calibration": name != "mllama",
-        "distillation": name not in ("mllama", "lfm2_vl"),
+        "distillation": name != "mllama",
     }
     assert all(row["why"] for row in report["parts"] if not row["works"])
     packed = next(row["why"] for row in report["parts"] if row["part"] == "contrast")

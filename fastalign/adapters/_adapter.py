@@ -1,8 +1,11 @@
 """The trainable parts of a model with an adapter, and the hooks that run them."""
 
+from __future__ import annotations
+
 import copy
 import functools
 import inspect
+import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.adapters._config import AdapterConfig, build_parts
+from fastalign.adapters._metadata import metadata
 from fastalign.models import VLM, Patches, first_tensor, layer_stack
 from fastalign.models._patches import find_patches
 from fastalign.models._towers import Layout, tower_layout
@@ -34,6 +38,7 @@ class Adapter(nn.Module):
     def __init__(self, vlm: VLM, config: AdapterConfig) -> None:
         super().__init__()
         self.config = config
+        self.metadata = metadata(config, vlm)
         self.enabled = True
         self._model_config, self._image_tokens = vlm.config, vlm.image_token_ids
         parts = build_parts(config, vlm.config)
@@ -218,6 +223,19 @@ class Adapter(nn.Module):
         return fitting[-1]
 
     # Files
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """`fastalign.save_adapter` by the name that PEFT and transformers give it."""
+        from fastalign.adapters._files import write_adapter
+
+        write_adapter(self, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
+        """`fastalign.load_adapter` by the name that PEFT and transformers give it."""
+        from fastalign.adapters._files import load_adapter
+
+        return load_adapter(model, path)
 
     def probe_names(self) -> list[str]:
         """What `probe` gives."""

@@ -1,9 +1,9 @@
 """Adapters on disk: safetensors and JSON, checked before the model changes."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +12,46 @@ from torch import Tensor, nn
 
 from fastalign.adapters._adapter import NAME, Adapter, adapter_of, install
 from fastalign.adapters._config import AdapterConfig
-from fastalign.models import VLM, layer_stack
+from fastalign.adapters._metadata import CONFIG as CONFIG
+from fastalign.adapters._metadata import FORMAT as FORMAT
+from fastalign.adapters._metadata import describe_base
+from fastalign.adapters._metadata import read_config as read_config
+from fastalign.adapters._untrusted import file_in, read_header, short
+from fastalign.models import VLM
 from fastalign.models._towers import describe_tower
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FORMAT = 2
+WEIGHTS = "adapter_model.safetensors"
 _PROBE = "probe."
 # A model of another class may have the same parts: these are told, and not compared.
 _TOLD = ("class", "vision_class")
 
 
-def _base(vlm: VLM) -> dict[str, Any]:
-    """What a model must share with the one an adapter was trained on."""
-    try:
-        width: int | None = describe_tower(vlm.config.vision_config).width
-    except TypeError:  # of an unknown tower, which holds no part of the adapter
-        width = None
-    return {
-        "model_type": vlm.config.model_type,
-        "class": type(vlm.model).__name__,
-        "vision_type": type(vlm.config.vision_config).model_type,
-        "vision_class": type(vlm.vision_tower).__name__,
-        "vision_hidden_size": width,
-        "vision_layers": len(layer_stack(vlm.vision_tower)),
-        "hidden_size": vlm.hidden_size,
-        "num_layers": vlm.num_layers,
-    }
-
-
 def _check_base(saved: Mapping[str, Any], vlm: VLM, folder: Path) -> None:
-    own = _base(vlm)
+    own = describe_base(vlm)
+    if saved.keys() - own.keys():
+        unknown = short(sorted(saved.keys() - own.keys()))
+        raise ValueError(
+            f"{folder / CONFIG} must hold a base of the keys {sorted(own)}: unknown {unknown}"
+        )
     differing = [k for k in own if k not in _TOLD and saved.get(k) != own[k]]
     if differing:
-        listed = ", ".join(f"{k} {saved.get(k)} and here {own[k]}" for k in differing)
+        listed = ", ".join(f"{k} {_told(saved.get(k))} and here {own[k]}" for k in differing)
         raise ValueError(
-            f"{folder} was saved from another model, {saved.get('model_type')} "
-            f"({saved.get('class')}), and this is {own['model_type']} ({own['class']}): {listed}"
+            f"{folder} was saved from another model, {_told(saved.get('model_type'))} "
+            f"({_told(saved.get('class'))}), and this is {own['model_type']} ({own['class']}): "
+            f"{listed}"
         )
+
+
+def _told(value: Any) -> str:
+    return str(value) if isinstance(value, str) and value.isidentifier() else short(value)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` to a folder: safetensors and JSON, nothing executable.
 
     Each file is written beside its name and then moved there, so that a reader never sees half.
+    The files have the names of PEFT's, and the keys that PEFT's tools read of any adapter.
 
     Args:
         model: With an adapter.
@@ -63,27 +60,33 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: The model has no adapter.
     """
+    write_adapter(adapter_of(model), path)
+
+
+def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """See `save_adapter`."""
     from safetensors.torch import save_file
 
-    adapter, vlm, folder = adapter_of(model), VLM(model), Path(path)
+    folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
     tensors |= {_PROBE + k: v for k, v in adapter.probe().items()}
-    about = {"format": FORMAT, "adapter": asdict(adapter.config), "base": _base(vlm)}
     partial = folder / (WEIGHTS + ".partial")
     save_file(tensors, partial)
     os.replace(partial, folder / WEIGHTS)
     partial = folder / (CONFIG + ".partial")
-    partial.write_text(json.dumps(about, indent=2) + "\n")
+    partial.write_text(json.dumps(adapter.metadata, indent=2) + "\n")
     os.replace(partial, folder / CONFIG)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
     """Attach a saved adapter to `model`, or load it into the equal one that is attached.
 
-    Everything is checked before the model changes: the base's family and sizes, before anything is
-    allocated, every key, every shape. Then each part must give the output it gave when it was
-    saved. The size of the images does not matter.
+    The folder may be a stranger's. Two files of fixed names are opened, both inside it. Everything
+    is checked before anything is allocated and before the model changes: the base's family and
+    sizes, the types of all settings, the header of the weights, every key, every shape. Then the
+    weights must be finite, and each part must give the output it gave when it was saved. The size
+    of the images does not matter.
 
     Args:
         model: Of the family and sizes that the adapter was saved from.
@@ -94,11 +97,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
 
     Raises:
         FileNotFoundError: A file is missing.
+        NotADirectoryError: `path` is a file.
+        TypeError: The adapter has parts in the vision tower, whose order of patches is not known.
         ValueError: The file is not of this format, of another model, of other keys or shapes than
-            its configuration says, or a part's output differs from the stored one.
+            its configuration says, leads out of its folder, holds what is not finite, or a part's
+            output differs from the stored one.
     """
-    from safetensors import SafetensorError
-
     folder = Path(path)
     config, base = read_config(folder)
     vlm = VLM(model)
@@ -109,62 +113,75 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
             f"model has an adapter of another configuration: {existing.config} and {config} in "
             f"{folder}; call fastalign.detach first"
         )
-    with torch.device("meta"):
-        fresh = Adapter(vlm, config)
+    weights = file_in(folder, WEIGHTS)
+    shapes = read_header(weights)
+    _check_size(config, vlm, shapes, weights)
     try:
-        _load_weights(fresh, folder)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} must be a safetensors file: {error}") from None
+        with torch.device("meta"):
+            fresh = Adapter(vlm, config)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} does not fit this model: {error}") from None
+    _check_shapes(fresh, shapes, weights)
+    _load_weights(fresh, weights)
     if existing is not None:
         existing.load_state_dict(fresh.state_dict())
         return adapter_of(model)
     return install(vlm, fresh)
 
 
-def _load_weights(fresh: Adapter, folder: Path) -> None:
-    """Every key and shape, then the values, then the probe."""
-    from safetensors import safe_open
-
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        names = set(file.keys())
-        expected = fresh.state_dict()
-        wanted = {*expected, *(_PROBE + k for k in fresh.probe_names())}
-        if names != wanted:
-            raise ValueError(
-                f"{folder / WEIGHTS} must hold the keys of its configuration: "
-                f"missing {sorted(wanted - names)}, unknown {sorted(names - wanted)}"
-            )
-        for key, tensor in expected.items():
-            shape = tuple(file.get_slice(key).get_shape())
-            if shape != tuple(tensor.shape):
-                raise ValueError(
-                    f"{key} in {folder / WEIGHTS} must be {tuple(tensor.shape)}: got {shape}"
-                )
-        # The parts have no memory of their own yet: they take the tensors of the file.
-        fresh.load_state_dict({key: file.get_tensor(key) for key in expected}, assign=True)
-        probes = {k: file.get_tensor(_PROBE + k) for k in fresh.probe_names()}
-        _check_probe(fresh, probes, folder)
+def _check_size(
+    config: AdapterConfig, vlm: VLM, shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """No module is made, not even without memory, that has more weights than the file."""
+    tower = describe_tower(vlm.config.vision_config).width if config.shift_layers else 0
+    wanted, held = 0, sum(math.prod(shape) for shape in shapes.values())
+    for layers, channels, width in (
+        (config.shift_layers, config.shift_hidden_dim, tower),
+        (config.decoder_shift_layers, config.decoder_shift_hidden_dim, vlm.hidden_size),
+    ):
+        wanted += len(layers) * 2 * config.kernel_size**2 * width * (channels or width)
+    if wanted > held:
+        raise ValueError(
+            f"{path} must hold the weights of its configuration, {wanted:,} in convolutions alone: "
+            f"got {held:,} numbers"
+        )
 
 
-def read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
-    """What an adapter on disk holds, and the model it was saved from.
+def _check_shapes(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Every key, then every shape."""
+    expected = adapter.state_dict()
+    wanted = {*expected, *(_PROBE + k for k in adapter.probe_names())}
+    if shapes.keys() != wanted:
+        raise ValueError(
+            f"{path} must hold the keys of its configuration: missing "
+            f"{short(sorted(wanted - shapes.keys()))}, unknown "
+            f"{short(sorted(shapes.keys() - wanted))}"
+        )
+    for key, tensor in expected.items():
+        if shapes[key] != tuple(tensor.shape):
+            raise ValueError(f"{key} in {path} must be {tuple(tensor.shape)}: got {shapes[key]}")
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not of this format.
-    """
-    path = folder / CONFIG
+
+def _load_weights(fresh: Adapter, path: Path) -> None:
+    """The values, then the probe."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        about = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from None
-    known = {f.name for f in fields(AdapterConfig)}
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{path} must be an adapter of format {FORMAT}")
-    given = about.get("adapter")
-    if not isinstance(given, dict) or set(given) - known:
-        raise ValueError(f"{path} must hold an adapter of the keys {sorted(known)}: got {given}")
-    return AdapterConfig(**given), about.get("base", {})
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in fresh.state_dict()}
+            probes = {k: file.get_tensor(_PROBE + k) for k in fresh.probe_names()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file: {error}") from None
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            part, _, name = key.partition(".")
+            layer, _, name = name.partition(".")
+            raise ValueError(
+                f"{part}.{layer} in {path} must be finite, and {name} is not: the file is damaged"
+            )
+    # The parts have no memory of their own yet: they take the tensors of the file.
+    fresh.load_state_dict(tensors, assign=True)
+    _check_probe(fresh, probes, path.parent)
 
 
 def _check_probe(adapter: Adapter, stored: dict[str, Tensor], folder: Path) -> None:

@@ -15,7 +15,7 @@ from fastalign.adapters._config import (
     last_read_layer,
     upper_half,
 )
-from fastalign.adapters._files import read_config
+from fastalign.adapters._metadata import read_config
 from fastalign.commands.console import table
 from fastalign.models import VLM, layer_stack
 from fastalign.models._towers import describe_tower

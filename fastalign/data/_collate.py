@@ -11,15 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
+from fastalign.data._errors import SampleError, check_choice, reason_of
+from fastalign.data._images import MAX_PIXELS, for_processor, open_image
 from fastalign.data._processors import ALIGNED, encode, image_ids, join, marks_answers
-from fastalign.data._records import (
-    IMAGE_MARK,
-    Record,
-    Turn,
-    check_choice,
-    open_image,
-    parse_record,
-)
+from fastalign.data._records import IMAGE_MARK, Record, Turn, parse_record
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,6 +47,8 @@ class Collator:
             image, no label, too long) with a logged warning; a batch with no record left raises.
         append_eos: End each answer with the tokenizer's end-of-sequence token where the template
             does not (LLaVA-1.5's does not).
+        max_pixels: See `open_image`. An image more than 200 times as long as wide is an error, and
+            one of 1 or 3 rows is doubled, as processors would take its rows for channels.
 
     Raises:
         ValueError: The processor lacks a chat template, a tokenizer or an image token;
@@ -67,6 +64,7 @@ class Collator:
         on_overflow: Literal["raise", "truncate"] = "raise",
         on_error: Literal["raise", "skip"] = "raise",
         append_eos: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         check_choice("on_overflow", on_overflow, ("raise", "truncate"))
         check_choice("on_error", on_error, ("raise", "skip"))
@@ -82,6 +80,7 @@ class Collator:
         self.max_length = max_length
         self.on_overflow = on_overflow
         self.on_error = on_error
+        self.max_pixels = max_pixels
         tokenizer = processor.tokenizer
         self._image_ids = image_ids(processor)
         self._marks_answers = marks_answers(processor)
@@ -107,7 +106,9 @@ class Collator:
 
         Raises:
             FileNotFoundError: An image is missing.
-            ValueError: A record cannot be used; the message begins with its place or its id.
+            SampleError: A record cannot be used; the message begins with its place or its id, and
+                `reason` tells why. A `ValueError`.
+            ValueError: There is no record, or images of several cannot be joined.
         """
         if not records:
             raise ValueError("records must hold at least one record: got none")
@@ -121,8 +122,9 @@ class Collator:
                 samples.append(self._sample(record))
             except (FileNotFoundError, ValueError) as error:
                 if self.on_error == "raise":
-                    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-                    raise kind(f"{name}: {error}") from error
+                    if isinstance(error, FileNotFoundError):
+                        raise FileNotFoundError(f"{name}: {error}") from error
+                    raise SampleError(f"{name}: {error}", reason_of(error)) from error
                 _log.warning("%s skipped: %s", name, error)
         if not samples:
             raise ValueError(f"records must hold a usable record: all {len(records)} were skipped")
@@ -130,7 +132,9 @@ class Collator:
 
     def _sample(self, record: Record) -> _Sample:
         sample = _Sample([], [], {}, {})
-        images = [open_image(source) for source in record.images]
+        opened = (open_image(source, max_pixels=self.max_pixels) for source in record.images)
+        guesses = hasattr(self.processor, "image_processor")
+        images = [for_processor(image, guesses_channels=guesses) for image in opened]
         before = ""
         for text, shown, is_answer in self._segments(record):
             ids, extra = self._encode(text, before, images[:shown])
@@ -203,7 +207,16 @@ class Collator:
         return self._call(text, images)
 
     def _call(self, text: str, images: list[Image.Image]) -> tuple[list[int], dict[str, Tensor]]:
-        return encode(self.processor, text, images) if images else (self._tokens(text), {})
+        if not images:
+            return self._tokens(text), {}
+        try:
+            return encode(self.processor, text, images)
+        except (ArithmeticError, IndexError, RuntimeError) as error:
+            raise SampleError(
+                f"{type(self.processor).__name__} must be able to take the images: it failed on "
+                f"{[image.size for image in images]}: {type(error).__name__}: {error}",
+                "image_size",
+            ) from error
 
     def _tokens(self, text: str) -> list[int]:
         if not text:
@@ -219,26 +232,31 @@ class Collator:
             image = [i for i, id in enumerate(sample.ids) if id in self._image_ids]
             numbers = f"got {length} tokens, {len(image)} of them of images, and max_length={limit}"
             if image and image[-1] >= limit:
-                raise ValueError(
+                raise SampleError(
                     f"max_length must hold every image token, as images are never cut: {numbers}; "
                     f"the last one is token {image[-1] + 1}: raise max_length, or pass fewer or "
-                    "smaller images"
+                    "smaller images",
+                    "too_long",
                 )
             if self.on_overflow == "raise":
-                raise ValueError(
+                raise SampleError(
                     f"a sequence must fit max_length: {numbers}; raise max_length, or pass "
-                    'on_overflow="truncate" to cut the end of the text'
+                    'on_overflow="truncate" to cut the end of the text',
+                    "too_long",
                 )
             del sample.ids[limit:], sample.labels[limit:]
             for values in sample.aligned.values():
                 del values[limit:]
             if all(label == IGNORE_INDEX for label in sample.labels):
-                raise ValueError(
+                raise SampleError(
                     f"max_length must leave a label, but the first answer begins after it: "
-                    f"{numbers}; raise max_length or shorten the prompt"
+                    f"{numbers}; raise max_length or shorten the prompt",
+                    "too_long",
                 )
         elif all(label == IGNORE_INDEX for label in sample.labels):
-            raise ValueError("conversations must hold an answer with at least one token: got none")
+            raise SampleError(
+                "conversations must hold an answer with at least one token: got none", "empty_text"
+            )
         return sample
 
     def _pad_batch(self, samples: list[_Sample]) -> dict[str, Tensor]:

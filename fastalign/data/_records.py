@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-if TYPE_CHECKING:
-    from PIL import Image
+from fastalign.data._errors import SampleError, check_choice
 
-    ImageSource = Path | str | Image.Image
+if TYPE_CHECKING:
+    from fastalign.data._images import ImageSource
 
 IMAGE_MARK = "<image>"
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -44,7 +44,8 @@ class Record:
     Args:
         turns: An optional system turn, then user and assistant turns in alternation, the
             assistant's last.
-        images: PIL images or paths, in the order of the marks; a path is opened when collated.
+        images: Paths, bytes of files or PIL images, in the order of the marks; opened when
+            collated.
         id: A name for messages.
 
     Raises:
@@ -71,8 +72,9 @@ class Record:
                     f"an image, got one in the {turn.role} turn"
                 )
             if turn.role == "assistant" and not turn.text.strip():
-                raise ValueError(
-                    f"conversations[{i}].value must hold the text to learn: got an empty answer"
+                raise SampleError(
+                    f"conversations[{i}].value must hold the text to learn: got an empty answer",
+                    "empty_text",
                 )
         marks = sum(turn.text.count(IMAGE_MARK) for turn in self.turns)
         if marks != len(self.images):
@@ -124,7 +126,7 @@ def load_records(
     if not root.is_dir():
         raise FileNotFoundError(f"image_root must be a folder: {root} is not one")
     records = []
-    for i, item in enumerate(_read_items(path)):
+    for i, item in enumerate(read_items(path)):
         try:
             records.append(parse_record(item, root))
         except ValueError as error:
@@ -143,7 +145,8 @@ def _read(path: Path) -> str:
         raise ValueError(f"{path}: must be UTF-8 text: {error}") from None
 
 
-def _read_items(path: Path) -> list[Any]:
+def read_items(path: Path) -> list[Any]:
+    """The items of a JSON list or a JSONL file, as they are."""
     text = _read(path)
     try:
         if text.lstrip().startswith("["):
@@ -168,7 +171,7 @@ def parse_record(item: Any, image_root: str | os.PathLike[str] = ".") -> Record:
     """The record of one item of a file that `load_records` reads, or of a data set like it.
 
     Args:
-        item: A mapping as there; an image may also be a PIL image.
+        item: A mapping as there; an image may also be a PIL image or the bytes of a file.
         image_root: The folder that relative image paths start from, and that none may leave.
 
     Raises:
@@ -189,7 +192,9 @@ def parse_record(item: Any, image_root: str | os.PathLike[str] = ".") -> Record:
         if len(images) != 1:
             raise ValueError(f"image must name the one image of the caption: got {len(images)}")
         if not isinstance(item["caption"], str) or not item["caption"].strip():
-            raise ValueError(f"caption must be a non-empty string: got {item['caption']!r}")
+            raise SampleError(
+                f"caption must be a non-empty string: got {item['caption']!r}", "empty_text"
+            )
         return Record.from_caption(images[0], item["caption"], id=id)
     else:
         raise ValueError(f"conversations or caption must be present: got {sorted(item)}")
@@ -224,8 +229,8 @@ def _turns(conversations: Any) -> list[Turn]:
 
 
 def _as_image(image: Any) -> ImageSource:
-    """A PIL image as it is; Pillow need not be installed to tell that it is none."""
-    if not hasattr(image, "convert"):
+    """A PIL image or bytes as they are; Pillow need not be installed to tell other things."""
+    if not isinstance(image, bytes) and not hasattr(image, "convert"):
         raise ValueError(f"image must be a path or a list of paths: got {image!r}")
     return cast("ImageSource", image)
 
@@ -275,7 +280,7 @@ def text_folder(path: str | os.PathLike[str]) -> list[str]:
         if file.suffix.lower() == ".txt":
             texts.append(_text(_read(file), str(file)))
             continue
-        for i, item in enumerate(_read_items(file)):
+        for i, item in enumerate(read_items(file)):
             value = item.get("text") if isinstance(item, dict) else None
             texts.append(_text(value, f"{file}: record {i}: text"))
     if not texts:
@@ -297,34 +302,3 @@ def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where} must hold a non-empty text: got {value!r}")
     return value.strip()
-
-
-def open_image(source: ImageSource) -> Image.Image:
-    """`source`, a path or a PIL image, upright (EXIF) and in RGB.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no image that Pillow can read to its end.
-    """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError('images need Pillow: pip install "fastalign[hf]"') from error
-
-    if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source).convert("RGB")
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"image must be a readable file: {path} is not a file")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # SyntaxError is what Pillow raises for a broken PNG chunk.
-        raise ValueError(f"image must be readable: {path}: {error}") from error
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}: got {value!r}")

@@ -82,10 +82,16 @@ class VLM:
         model: Any image-text-to-text model of transformers (`LlavaForConditionalGeneration`, ...).
 
     Raises:
-        TypeError: The model offers no decoder, vision tower, output embedding or image token.
+        TypeError: The model offers no decoder, vision tower, output embedding or image token, or
+            is PEFT's wrapper: its `get_base_model()` is what to pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if hasattr(model, "get_base_model"):
+            raise TypeError(
+                "model must be the one inside PEFT's wrapper, which has its tuners too: got "
+                f"{type(model).__name__}; pass its get_base_model()"
+            )
         for accessor in ("get_decoder", "get_encoder", "get_output_embeddings", "config"):
             if not hasattr(model, accessor):
                 raise TypeError(
