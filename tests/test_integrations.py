@@ -450,7 +450,9 @@ def test_two_ranks_are_one_process(ranks, name):
     assert [line.keys() for line in first["log"]] == [line.keys() for line in alone["log"]]
     for line, expected in zip(first["log"], alone["log"], strict=True):
         for key, value in expected.items():
-            assert line[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+            # At rest the displacement is rounding, which the cosine divides by a thousandth.
+            small = 1e-4 if key.startswith("cos_") else 1e-6
+            assert line[key] == pytest.approx(value, rel=1e-5, abs=small), key
     for key, value in alone["eval"].items():
         assert first["eval"][key] == pytest.approx(value, rel=1e-5)
         assert second["eval"][key] == pytest.approx(value, rel=1e-5)

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fastalign.adapters import load_adapter
 from fastalign.data import IMAGE_SUFFIXES, open_image
-from fastalign.data._records import check_choice
+from fastalign.data._errors import check_choice
 from fastalign.integrations._answers import Answer, Prompt, Responder, batches, question
 
 if TYPE_CHECKING:
