@@ -151,9 +151,7 @@ def whole_graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"), [("llava", "aot_eager"), ("internvl", "eager"), ("paligemma", "eager")]
-)
+@pytest.mark.parametrize(("name", "backend"), [("llava", "aot_eager"), ("internvl", "eager")])
 def test_joint_step_compiles_whole(whole_graphs, name, backend):
     """All terms, with the second pass inside: value, gradients and the direction are eager's."""
     vlm, batch, state = prepared(name)
