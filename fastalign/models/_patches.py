@@ -170,14 +170,15 @@ def _pixels_of(batch: Inputs) -> Tensor:
     return found
 
 
-def _pair(value: Any) -> Grid:
+def pair(value: Any) -> Grid:
+    """Height and width of what a configuration gives as one number or as two."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def tower_grid(config: Any) -> Grid:
     """Patches of the vision tower, rows and columns."""
     vision = config.vision_config
-    (height, width), (ph, pw) = _pair(vision.image_size), _pair(vision.patch_size)
+    (height, width), (ph, pw) = pair(vision.image_size), pair(vision.patch_size)
     return height // ph, width // pw
 
 
@@ -235,7 +236,7 @@ class _AnyRes(NamedTuple):
 def _anyres(config: Any, size: Sequence[int]) -> _AnyRes:
     """How an image of (height, width) pixels is tiled, by the model's own functions."""
     own: Any = importlib.import_module("transformers.models.llava_next.modeling_llava_next")
-    side, per_side = _pair(config.vision_config.image_size)[0], tower_grid(config)[0]
+    side, per_side = pair(config.vision_config.image_size)[0], tower_grid(config)[0]
     tiles = own.get_anyres_image_grid_shape(tuple(size), config.image_grid_pinpoints, side)
     rows, cols = tiles[0] * per_side, tiles[1] * per_side
     cells = torch.arange(rows * cols).view(1, rows, cols)
@@ -278,7 +279,7 @@ def _next(config: Any, batch: Inputs) -> Iterator[_Picture]:
 
 
 def _next_views(config: Any, batch: Inputs) -> Iterator[Tensor]:
-    pixels, patch = _pixels_of(batch), _pair(config.vision_config.patch_size)[0]
+    pixels, patch = _pixels_of(batch), pair(config.vision_config.patch_size)[0]
     start = 0
     for i, tiling in enumerate(_tilings(config, batch)):
         count = 1 if tiling is None else 1 + tiling.tiles[0] * tiling.tiles[1]

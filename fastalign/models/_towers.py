@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-Grid = tuple[int, int]
+from fastalign.models._patches import Grid, pair
+
 Call = Mapping[str, Any]
 
 
@@ -113,16 +114,12 @@ def tower_layout(config: Any, args: tuple[Any, ...], kwargs: Call) -> Layout:
     return rule.layout(config, call)
 
 
-def _pair(value: Any) -> Grid:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
 # Pictures of one size
 
 
 def _dense(config: Any, call: Call, leading: int) -> Layout:
     pixels: Tensor = call["pixel_values"]
-    ph, pw = _pair(config.patch_size)
+    ph, pw = pair(config.patch_size)
     images, height, width = pixels.shape[0], pixels.shape[-2] // ph, pixels.shape[-1] // pw
     shape = images, leading + height * width
     return Layout(shape, ((height, width),) * images, dense=True)
