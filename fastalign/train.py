@@ -7,8 +7,7 @@ repeats nothing and ends as an uninterrupted one.
 
 import contextlib
 import functools
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import _random_states, checkpoint, objectives
-from fastalign.adapters import NAME, adapter_of, attach, save_adapter
-from fastalign.adapters._peft import prepare_base
-from fastalign.adapters._tower import open_tower
+from fastalign._prepare import (
+    classifier_batches,
+    classifier_phase,
+    materials,
+    parameter_groups,
+    prepare_model,
+    to_device,
+    write_result,
+)
 from fastalign.config import CALConfig as CALConfig
 from fastalign.config import (
     StepSampler,
@@ -35,7 +40,7 @@ from fastalign.data._sources import sample_lengths
 from fastalign.models import VLM, Batch
 from fastalign.objectives import DeepAlignState, Terms
 from fastalign.progress import RunLog
-from fastalign.teachers import CachedTeacher, PatchTeacher, Teacher
+from fastalign.teachers import CachedTeacher, Teacher
 
 
 @dataclass
@@ -113,13 +118,13 @@ def train(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     torch.manual_seed(config.seed)
-    model, dataset, collate = _materials(config, model, dataset, collate)
+    model, dataset, collate = materials(config, model, dataset, collate)
     skips = Skips(config.on_bad_sample == "skip", config.log_every, config.max_steps, accelerator)
     lengths = sample_lengths(dataset) if config.group_by_length else None
     dataset, collate = skips.wrap(dataset, collate, config.seed)
-    vlm, state, parameters, teacher = _prepare_model(config, model, accelerator.device, teacher)
+    vlm, state, parameters, teacher = prepare_model(config, model, accelerator.device, teacher)
     cache = teacher if isinstance(teacher, CachedTeacher) else None
-    optimizer = torch.optim.AdamW(_groups(parameters, config), betas=config.betas)
+    optimizer = torch.optim.AdamW(parameter_groups(parameters, config), betas=config.betas)
     folder, start, report = Path(config.output_dir), 0, None
     if accelerator.is_main_process:
         checkpoint.remove_leftovers(folder)
@@ -131,7 +136,7 @@ def train(
         if stored["trainer.json"]["classifier"]:
             report = objectives.ClassifierReport(**stored["trainer.json"]["classifier"])
     if state is not None and state.config.intervenes and not found:
-        report = _classifier_phase(config, vlm, state, dataset, collate)
+        report = classifier_phase(config, vlm, state, dataset, collate)
     sampler = StepSampler(
         len(dataset), config, accelerator.process_index, accelerator.num_processes, start, lengths
     )
@@ -155,7 +160,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         micro = [
-            _to(next(batches), accelerator.device)
+            to_device(next(batches), accelerator.device)
             for _ in range(config.gradient_accumulation_steps)
         ]
         totals = _totals(vlm, micro, accelerator)
@@ -213,129 +218,12 @@ def train(
     vlm.model.eval()
     judged = None
     if state is not None and report is not None:
-        given = _classifier_batches(config, vlm, state, dataset, collate)
+        given = classifier_batches(config, vlm, state, dataset, collate)
         judged = objectives.classifier_accuracy(state, vlm, given, report=report)
-    path = _finish(config, vlm, folder) if accelerator.is_main_process else folder
+    path = write_result(config, vlm, folder) if accelerator.is_main_process else folder
     log.close()
     skips.close()
     return TrainResult(vlm.model, log.history, report, path, judged)
-
-
-def _materials(
-    config: TrainConfig, model: nn.Module | None, dataset: Any, collate: Any
-) -> tuple[nn.Module, Any, Any]:
-    """Model, dataset and collator: those given, else those that the configuration names."""
-    if dataset is not None and collate is None:
-        raise ValueError("collate must be given with a dataset: got none")
-    if (model is None and not config.model) or (dataset is None and not config.data):
-        raise ValueError("config must name a model and data, unless train() is given them")
-    if model is None:
-        from transformers import AutoModelForImageTextToText
-
-        dtype = torch.bfloat16 if config.bf16 and not config.trains_base else torch.float32
-        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype)
-    if dataset is None:
-        from transformers import AutoProcessor
-
-        from fastalign.data import Collator, open_data
-
-        dataset = open_data(config.data, config.image_root, on_error=config.on_bad_sample)
-        source = config.model or str(model.name_or_path)
-        loader: Any = AutoProcessor
-        processor = loader.from_pretrained(source)
-        # A model learns to stop from the end token, which LLaVA-1.5's template leaves out.
-        ends = processor.tokenizer.eos_token is not None
-        collate = Collator(
-            processor,
-            max_length=config.max_length,
-            on_overflow=config.on_overflow,
-            append_eos=ends,
-        )
-    return model, dataset, collate
-
-
-def _prepare_model(
-    config: TrainConfig,
-    model: nn.Module,
-    device: torch.device,
-    teacher: Teacher | None,
-) -> tuple[VLM, DeepAlignState | None, list[nn.Parameter], Teacher | None]:
-    """Adapter attached, base frozen or not, the objective's state, and its teacher."""
-    model.to(device)
-    if config.needs_adapter and getattr(model, NAME, None) is None:
-        attach(model, config.adapter)
-    vlm = VLM(model)
-    prepare_base(model, config.trainable == "all", config.trains_base)
-    if config.train_vision_from is not None:
-        open_tower(vlm, config.train_vision_from)
-    if config.needs_adapter:
-        # Master weights in float32, whatever the base is kept in.
-        adapter_of(model).float().requires_grad_(True)
-    state = None
-    if config.objective == "deepalign":
-        teacher = _teacher(config, vlm, device, teacher)
-        state = DeepAlignState(vlm, config.deepalign, teacher)
-    return vlm, state, [p for p in model.parameters() if p.requires_grad], teacher
-
-
-def _teacher(
-    config: TrainConfig, vlm: VLM, device: torch.device, teacher: Teacher | None
-) -> Teacher | None:
-    """The teacher given, else the one that the configuration names; cached when that asks for it.
-
-    Raises:
-        ValueError: A cache is asked for a callable that cannot be told from others.
-    """
-    if teacher is None and config.teacher:
-        teacher = PatchTeacher.from_pretrained(
-            config.teacher,
-            config.model or str(vlm.model.name_or_path),
-            image_size=config.teacher_image_size,
-            views=vlm.views,
-        ).to(device)
-    if teacher is None or not config.teacher_cache or isinstance(teacher, CachedTeacher):
-        return teacher
-    if not isinstance(teacher, PatchTeacher):
-        raise ValueError(
-            "teacher_cache needs a teacher by path or a PatchTeacher: wrap a callable of your own, "
-            "teacher=CachedTeacher(teacher, folder, name=..., views=VLM(model).views)"
-        )
-    return CachedTeacher(teacher, config.teacher_cache)
-
-
-def _groups(parameters: list[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
-    decayed = [p for p in parameters if p.dim() > 1]
-    others = [p for p in parameters if p.dim() <= 1]
-    groups = [(decayed, config.weight_decay), (others, 0.0)]
-    return [{"params": p, "weight_decay": decay, "lr": 0.0} for p, decay in groups if p]
-
-
-def _classifier_phase(
-    config: TrainConfig, vlm: VLM, state: DeepAlignState, dataset: Any, collate: Any
-) -> objectives.ClassifierReport:
-    batches = _classifier_batches(config, vlm, state, dataset, collate)
-    vlm.model.eval()
-    report = objectives.fit_classifier(state, vlm, batches)
-    if report.warning:
-        warnings.warn(report.warning, stacklevel=3)
-    return report
-
-
-def _classifier_batches(
-    config: TrainConfig, vlm: VLM, state: DeepAlignState, dataset: Any, collate: Any
-) -> Iterator[Batch]:
-    """Every rank takes the same pairs, so that all hold the same classifier."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-    chosen = order[: 2 * state.config.classifier_pairs].tolist()
-    size, device = config.batch_size, next(vlm.model.parameters()).device
-    for i in range(0, len(chosen), size):
-        yield _to(collate([dataset[j] for j in chosen[i : i + size]]), device)
-
-
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
-    }
 
 
 def _totals(vlm: VLM, micro: list[dict[str, Any]], accelerator: Any) -> dict[str, Tensor]:
@@ -363,15 +251,3 @@ def _check_finite(values: Terms, norm: Tensor, step: int) -> None:
             f"{', '.join(bad)} not finite at step {step}: the parameters are those of the step "
             "before; look for NaN in the batch, or lower learning_rate or max_grad_norm"
         )
-
-
-def _finish(config: TrainConfig, vlm: VLM, folder: Path) -> Path:
-    """Write the result; the adapter goes back to the dtype of its base."""
-    if config.needs_adapter:
-        save_adapter(vlm.model, folder / "adapter")
-        adapter_of(vlm.model).place(vlm)
-    if not config.trains_base:
-        return folder / "adapter"
-    kept = {k: v for k, v in vlm.model.state_dict().items() if not k.startswith(NAME + ".")}
-    vlm.model.save_pretrained(folder / "model", state_dict=kept)
-    return folder / "model"
