@@ -14,6 +14,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do their children
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 settings.register_profile("fastalign", max_examples=50, deadline=None)
 settings.load_profile("fastalign")
 
