@@ -94,14 +94,15 @@ def time_rows(
 def print_rows(rows: Sequence[Row], about: str = "") -> None:
     """One case as a table."""
     peaks = rows[0].peak_mib is not None
-    last = "peak MiB" if peaks else "error"
+    last = "peak MiB" if peaks else "error" if rows[0].max_error is not None else ""
     width = max(len(row.impl) for row in rows) + 2
     print(f"\n{rows[0].op}, {rows[0].case}{about}, on {rows[0].device}")
     print(f"{'':{width}} {'median ms':>10} {'p10':>9} {'p90':>9} {'ratio':>7} {last:>9}")
     for row in rows:
         ms = (1e-3 * us for us in (row.median_us, row.p10_us, row.p90_us))
         columns = "{:10.1f} {:9.1f} {:9.1f}".format(*ms)
-        end = f"{row.peak_mib:9.1f}" if peaks else f"{row.max_error:9.1e}"
+        end = f"{row.peak_mib:9.1f}" if peaks else ""
+        end = end if row.max_error is None else f"{row.max_error:9.1e}"
         print(f"{row.impl:{width}} {columns} {row.ratio:7.3f} {end}", flush=True)
 
 

@@ -9,6 +9,10 @@ medians to fine-tuning of the same adapters by `objectives.sft`. "base states" i
 alone, without the adapters; "every layer" pools the states of all decoder layers for the
 classifier instead of those of the first fifth; "teacher" is a vision transformer of the student
 tower's size, run on the batch's images: it is no part of the other rows.
+
+"one by one" is the batch in micro-batches of one sample, each with its own pair only; "one by one,
+all pairs" begins with the pass without gradient that makes the pairs of the whole step negatives of
+one another (`objectives.mutual_shares`), and its ratio is to the former.
 """
 
 from collections.abc import Callable
@@ -27,8 +31,7 @@ from fastalign.models import VLM, evaluating
 from fastalign.objectives import DeepAlignConfig, DeepAlignState
 from fastalign.teachers import PatchTeacher
 
-SFT = "sft of the adapters"
-
+SFT, ALONE = "sft of the adapters", "deepalign, one by one"
 
 _TOWER = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 8}
 SHAPES = (
@@ -59,6 +62,17 @@ def steps(model: nn.Module, batch: dict[str, Any]) -> dict[str, Callable[[], Any
     def deepalign(state: DeepAlignState) -> Tensor:
         return objectives.deepalign(vlm, batch, state=state)["loss"]
 
+    def one_by_one(together: bool) -> None:
+        state = states["deepalign"]
+        parts = [{k: x[i : i + 1] for k, x in batch.items()} for i in range(len(batch["labels"]))]
+        totals = {name: count.float() for name, count in objectives.counts(vlm, batch).items()}
+        shares = objectives.mutual_shares(vlm, parts, state=state if together else None)
+        for part, mutual in zip(parts, shares, strict=True):
+            terms = objectives.deepalign(vlm, part, state=state, totals=totals, mutual=mutual)
+            terms["loss"].backward()  # type: ignore[no-untyped-call]
+        for parameter in parameters:
+            parameter.grad = None
+
     def base_states() -> None:
         with evaluating(model), disabled(model):
             vlm.hidden_states(batch, states["deepalign"].layers)
@@ -71,6 +85,8 @@ def steps(model: nn.Module, batch: dict[str, Any]) -> dict[str, Callable[[], Any
         "sft transformers": partial(step, partial(hf_sft, model, batch)),
         SFT: partial(step, lambda: objectives.sft(vlm, batch)["loss"]),
         **{name: partial(step, partial(deepalign, state)) for name, state in states.items()},
+        ALONE: partial(one_by_one, False),
+        ALONE + ", all pairs": partial(one_by_one, True),
         "base states": base_states,
         "teacher": teacher,
     }
@@ -100,7 +116,8 @@ def measure(shape: Shape, device: str, rounds: int) -> list[Row]:
     model = build(shape, device, dtype).train()
     trainable(model, Rung("adapters", False), shape)
     runs = steps(model, make_batch(shape, device, dtype))
-    return time_rows("deepalign_step", shape.name, runs, device, rounds, lambda name: SFT)
+    base_of = lambda name: ALONE if name.endswith("all pairs") else SFT
+    return time_rows("deepalign_step", shape.name, runs, device, rounds, base_of)
 
 
 def main(argv: list[str] | None = None) -> int:

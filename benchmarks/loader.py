@@ -3,11 +3,12 @@
     python -m benchmarks.loader [--json FILE] [--save] [--rounds N] [--quick]
 
 The same JPEGs and captions as LLaVA's JSON, as tar shards and as parquet, through LLaVA-1.5's
-preprocessing (336 x 336, bicubic) into batches of 8. One run is one pass over all of them in
-random order, the start of its workers included; rows are timed in turn, the files are in the page
-cache, and each process computes with one thread. The ratio is of medians, to JSON without workers;
+preprocessing (336 x 336, bicubic) into batches of 8; tar and parquet also as streams, shuffled in
+blocks of a quarter of the images. One run is one pass over all of them in random order, the start
+of its workers included; rows are timed in turn, the files are in the page cache, and each process
+computes with one thread. The ratio is of medians, to JSON without workers;
 "decoded beforehand" has PIL images in memory, so that what is left is the preprocessing. The error
-is the largest difference of any batch from that of JSON.
+is the largest difference of any image from that of JSON.
 """
 
 import io
@@ -27,8 +28,10 @@ from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from benchmarks._turns import Row, parser, run, time_rows
+from fastalign._run.stream_order import StreamSampler
 from fastalign.config import StepSampler, TrainConfig
-from fastalign.data import Collator, Record, open_data, open_image
+from fastalign.data import Collator, Record, Stream, open_data, open_image, open_stream
+from fastalign.data._skip import Parsing
 from fastalign.demo.base import build_processor
 
 BATCH = 8
@@ -69,7 +72,11 @@ def write_sources(folder: Path, data: Sequence[bytes]) -> dict[str, Path]:
     """The images with a caption each in every form, by its name."""
     import datasets
 
-    captions = [f"picture {i}" for i in range(len(data))]
+    # Each its own, in words that the tokenizer knows: by them an image is found again.
+    names = {"0": "one", "1": "two"}
+    captions = [
+        " ".join(["picture", *(names[bit] for bit in f"{i:08b}")]) for i in range(len(data))
+    ]
     for i, image in enumerate(data):
         (folder / f"{i}.jpg").write_bytes(image)
     listed = [{"image": f"{i}.jpg", "caption": text} for i, text in enumerate(captions)]
@@ -105,20 +112,42 @@ def processor() -> Any:
     )
 
 
-def batches(records: Sequence[Record], collate: Collator, workers: int) -> Iterator[dict[str, Any]]:
-    """One pass over the records."""
-    config = TrainConfig(max_steps=len(records) // BATCH, batch_size=BATCH)
+def batches(
+    records: Sequence[Record] | Stream, collate: Collator, workers: int, count: int
+) -> Iterator[dict[str, Any]]:
+    """One pass over `count` records."""
+    steps, block = count // BATCH, max(1, count // 4)
+    config = TrainConfig(
+        max_steps=steps, batch_size=BATCH, shuffle_buffer=block, num_workers=workers
+    )
+    streamed = isinstance(records, Stream)
+    sampler = (
+        StreamSampler(records, config, 0, 1, 0)
+        if isinstance(records, Stream)
+        else StepSampler(count, config, 0, 1, 0)
+    )
     loader: Any = torch.utils.data.DataLoader(
         records,  # type: ignore[arg-type]
-        batch_sampler=StepSampler(len(records), config, 0, 1, 0),
-        collate_fn=collate,
+        batch_sampler=sampler,
+        collate_fn=Parsing(collate) if streamed else collate,
         num_workers=workers,
     )
     return iter(loader)
 
 
+def images_of(load: Callable[[], Iterator[dict[str, Any]]]) -> dict[tuple[int, ...], torch.Tensor]:
+    """The image of each sample of a pass, by the tokens of the sample."""
+    found = {}
+    for batch in load():
+        for ids, mask, image in zip(
+            batch["input_ids"], batch["attention_mask"], batch["pixel_values"], strict=True
+        ):
+            found[tuple(ids[mask.bool()].tolist())] = image
+    return found
+
+
 @contextmanager
-def sources(case: Images) -> Iterator[dict[str, Sequence[Record]]]:
+def sources(case: Images) -> Iterator[dict[str, Sequence[Record] | Stream]]:
     """Records from each source, by its name."""
     import datasets
 
@@ -127,7 +156,11 @@ def sources(case: Images) -> Iterator[dict[str, Sequence[Record]]]:
         kept, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "c"
         try:
             paths = write_sources(folder, pictures(case))
-            yield {name: open_data(path) for name, path in paths.items()}
+            found: dict[str, Sequence[Record] | Stream]
+            found = {name: open_data(path) for name, path in paths.items()}
+            for name in ("tar", "parquet"):
+                found[f"{name} streamed"] = open_stream(paths[name])
+            yield found
         finally:
             datasets.config.HF_DATASETS_CACHE = kept
 
@@ -140,17 +173,17 @@ def measure(case: Images, device: str, rounds: int) -> list[Row]:
         loads: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {}
         for workers in (0, *case.workers):
             for name, records in found.items():
-                loads[f"{name}, {workers} workers"] = partial(batches, records, collate, workers)
-        opened = [replace(r, images=(open_image(r.images[0]),)) for r in found["json"]]
-        loads[BARE] = partial(batches, opened, collate, 0)
-        exact = [batch["pixel_values"] for batch in loads[BASE]()]
-        errors = {
-            name: max(
-                float((batch["pixel_values"] - other).abs().max())
-                for batch, other in zip(load(), exact, strict=True)
-            )
-            for name, load in loads.items()
-        }
+                one = partial(batches, records, collate, workers, case.count)
+                loads[f"{name}, {workers} workers"] = one
+        listed: Any = found["json"]
+        opened = [replace(r, images=(open_image(r.images[0]),)) for r in listed]
+        loads[BARE] = partial(batches, opened, collate, 0, case.count)
+        exact = images_of(loads[BASE])
+        assert len(exact) == case.count
+        errors = {}
+        for name, load in loads.items():
+            other = images_of(load)
+            errors[name] = max(float((other[key] - exact[key]).abs().max()) for key in exact)
         runs = {name: partial(_exhaust, load) for name, load in loads.items()}
         rows = time_rows(
             "loader", case.name, runs, "cpu", rounds, lambda name: BASE, peaks=False, errors=errors

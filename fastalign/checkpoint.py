@@ -33,6 +33,7 @@ from fastalign._manifest import (
     step_of,
 )
 from fastalign._manifest import verify as verify
+from fastalign.models._side_stream import is_part, is_writer, whole_tensor
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -75,6 +76,9 @@ def save(
 ) -> Path:
     """Write `checkpoint-{step}`, then remove all but the newest `keep` up to this step.
 
+    Of tensors that FSDP2 has sharded every rank must call; the first one writes them whole, so that
+    the files are those of one process.
+
     A checkpoint of a later step is of a run that was given up, and goes too. None goes unless one
     of those that stay verifies.
 
@@ -98,9 +102,13 @@ def save(
         for index, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
+    partial, final = folder / f".{PREFIX}{step}.partial", folder / f"{PREFIX}{step}"
+    writes = is_writer(trained)
+    trained, moments = (_gathered(tensors, writes) for tensors in (trained, moments))
+    if not writes:
+        return final
     contents: dict[str, dict[str, Any]] = {TRAINED: trained, OPTIMIZER: moments, **states}
     _refuse_not_finite(contents, step)
-    partial, final = folder / f".{PREFIX}{step}.partial", folder / f"{PREFIX}{step}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -123,6 +131,8 @@ def load(
     path: Path, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Any]]:
     """Restore parameters, buffers and the optimizer in place; return the states `save` was given.
+
+    They may be sharded: each rank reads the files and takes its part.
 
     Raises:
         ValueError: The checkpoint's tensors are not those of this run; nothing is changed.
@@ -149,10 +159,12 @@ def load(
         fits = int(index) < len(parameters)
         if not fits or (value.dim() and value.shape != parameters[int(index)].shape):
             raise ValueError(f"{key} in {path / OPTIMIZER} must fit a parameter of this run")
+        if value.dim():
+            value = _sharded_as(parameters[int(index)], value)
         state.setdefault(int(index), {})[name] = value
     with torch.no_grad():
         for name, tensor in trained.items():
-            tensor.copy_(stored[name])
+            tensor.copy_(_sharded_as(tensor, stored[name]))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return {
@@ -250,6 +262,30 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(path, hidden)
     shutil.rmtree(hidden)
+
+
+@torch.no_grad()
+def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, one by one; nothing where they are not kept. Others as they are."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = whole_tensor(tensor)
+        if keep:
+            found[name] = tensor if whole is tensor else whole.cpu()
+    return found
+
+
+def _sharded_as(like: Tensor, whole: Tensor) -> Tensor:
+    """A tensor that every rank has read, sharded as `like` is; itself where that is not."""
+    if not is_part(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    # Of the rank's own copy: nothing is sent.
+    return distribute_tensor(
+        whole.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None
+    )
 
 
 def _plain(tensor: Tensor) -> Tensor:

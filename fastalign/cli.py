@@ -1,7 +1,8 @@
 """The command line: `fastalign demo | train | mir | heatmap | diagnose | plan | bench | doctor`.
 
 A command imports what it needs when it runs. Errors that a user can mend (a wrong value, a missing
-file) are one line; all others keep their trace.
+file, a full disk, a step that is not finite, short memory, a lost rank) are one line; all others
+keep their trace.
 """
 
 import dataclasses
@@ -41,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         COMMANDS[name](rest)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        print(f"fastalign {name}: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not _explained(error):
+            raise
         print(f"fastalign {name}: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
@@ -57,6 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro's, after --help or wrong arguments
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def _explained(error: RuntimeError) -> bool:
+    """Whether a run has said what was short, or who was lost, and what to do."""
+    import torch
+
+    from fastalign._run.failures import CPUMemoryError, LostRankError
+
+    return isinstance(error, LostRankError | CPUMemoryError | torch.OutOfMemoryError)
 
 
 def _usage() -> str:
@@ -205,8 +220,8 @@ def mir(argv: list[str]) -> None:
 
 def _resamples(wanted: int | None, samples: int, vlm: Any) -> int:
     """Groups for the standard error: those wanted, or up to 10 as samples and memory allow."""
-    from fastalign.diagnostics._mir import free_memory
     from fastalign.metrics import ModalityIntegrationRate
+    from fastalign.models._mir import free_memory
 
     if wanted is not None:
         return wanted

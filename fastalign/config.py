@@ -16,7 +16,9 @@ OBJECTIVES = ("sft", "cal", "deepalign")
 TRAINABLE = ("adapters", "all")
 # Settings that a resumed run may change: none of them alters what a step computes.
 _FREE = {"output_dir", "log_every", "save_every", "keep_checkpoints", "num_workers", "report_to"}
-_FREE |= {"progress", "resume", "teacher_cache"}
+_FREE |= {"progress", "resume", "teacher_cache", "gradient_checkpointing"}
+_FREE |= {"on_nonfinite", "ddp_timeout"}  # they alter steps that the others would not have taken
+_FREE |= {"mir_every", "mir_samples", "mir_patience", "mir_min_delta"}
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,33 @@ class TrainConfig:
             its end, never an image token.
         on_bad_sample: "raise", or "skip" to have another take the place of a sample that cannot be
             used, and count it.
+        on_nonfinite: Of a step in which a tensor is NaN or infinite: "raise" ends the run and names
+            the tensor, "skip" changes nothing by it, and counts it; 10 in a row end the run.
+        streaming: Read `data` from front to back, as `fastalign.data.open_stream` does, instead of
+            by index.
+        shuffle_buffer: Rows of a stream that are held and shuffled at a time.
+        pack_text: Samples of a micro-batch without an image share rows (see `Collator`); with a
+            collate function of your own, only check that the model can keep them apart.
         group_by_length: Divide the samples of a step among its micro-batches and ranks by images
             and length of text, so that less is padded. The step keeps its samples.
         bf16: Automatic mixed precision in bfloat16.
+        gradient_checkpointing: Layers that need gradients run again in the backward instead of
+            keeping their activations: less memory, more time, the same numbers.
+        torch_compile: Compile the step, on one process or DDP; see `VLM.compilable`.
+        torch_compile_backend: "inductor" when None.
         seed: Of data order, initialisation and dropout.
         log_every: Steps between lines of `metrics.jsonl`.
         save_every: Steps between checkpoints; 0 for none.
         keep_checkpoints: How many of the newest stay.
         resume: Continue from the newest checkpoint in `output_dir`, if there is one.
+        mir_every: Steps between measurements of MIR, logged as "mir"; 0 for none.
+        mir_samples: How many samples to measure it on, drawn from the data; always the same.
+        mir_patience: Measurements in a row without a new minimum after which training ends; None
+            to go on.
+        mir_min_delta: How far below the old one a new minimum must lie, in MIR.
         num_workers: Processes that load data.
+        ddp_timeout: Seconds after which a rank that does not answer is given up, as transformers
+            names it.
         report_to: Trackers of accelerate: "tensorboard", "trackio", "wandb", ...
         progress: Show a progress bar.
     """
@@ -102,14 +122,26 @@ class TrainConfig:
     max_length: int | None = None
     on_overflow: Literal["raise", "truncate"] = "raise"
     on_bad_sample: Literal["raise", "skip"] = "raise"
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    pack_text: bool = False
     group_by_length: bool = False
     bf16: bool = False
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    torch_compile_backend: str | None = None
     seed: int = 0
     log_every: int = 10
     save_every: int = 500
     keep_checkpoints: int = 2
     resume: bool = True
+    mir_every: int = 0
+    mir_samples: int = 100
+    mir_patience: int | None = None
+    mir_min_delta: float = 0.0
     num_workers: int = 0
+    ddp_timeout: float = 1800.0
     report_to: tuple[str, ...] = ()
     progress: bool = True
 
@@ -119,11 +151,13 @@ class TrainConfig:
             ("trainable", TRAINABLE),
             ("on_overflow", ("raise", "truncate")),
             ("on_bad_sample", ("raise", "skip")),
+            ("on_nonfinite", ("raise", "skip")),
         )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}: got {getattr(self, name)!r}")
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
+        positive = ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every")
+        for name in (*positive, "shuffle_buffer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
         if self.train_vision_from is not None and self.trainable != "adapters":
@@ -133,8 +167,34 @@ class TrainConfig:
             )
         if self.keep_checkpoints < 1:
             raise ValueError(f"keep_checkpoints must be at least 1: got {self.keep_checkpoints}")
+        self._check_mir()
+        if self.pack_text and self.objective == "cal" and self.cal.compat == "official":
+            raise ValueError(
+                'pack_text must be False with cal.compat="official", which pools over rows of one '
+                "sample each"
+            )
+        if self.pack_text and self.torch_compile:
+            raise ValueError(
+                "pack_text must be False with torch_compile: rows differ in number at every step"
+            )
+        if not self.ddp_timeout > 0:
+            raise ValueError(f"ddp_timeout must be positive, in seconds: got {self.ddp_timeout}")
+        if self.torch_compile and self.objective == "cal":
+            raise ValueError(
+                'torch_compile goes with objective "sft" or "deepalign": the image-free forward of '
+                '"cal" packs texts by lengths that it reads to the host, which no graph can hold'
+            )
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must lie in 0..1: got {self.warmup_ratio}")
+
+    def _check_mir(self) -> None:
+        least = {"mir_every": 0, "mir_samples": 1, "mir_patience": 1, "mir_min_delta": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= bound:
+                raise ValueError(f"{name} must be at least {bound}: got {value}")
+        if self.mir_patience is not None and not self.mir_every:
+            raise ValueError("mir_patience needs measurements: set mir_every too, got 0")
 
     @property
     def trains_base(self) -> bool:

@@ -1,9 +1,11 @@
 """What a run reports while it goes: a progress bar, `metrics.jsonl`, trackers."""
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ class RunLog:
 
     A line holds the step, the terms (means over the steps since the last line), the learning rate,
     the gradient norm, tokens and images per second and the peak memory; where samples may be
-    skipped also how many were since the last line, by reason. Lines of a run that is
+    skipped also how many were since the last line, by reason, and likewise steps. Steps that were
+    left out are in no mean. Lines of a run that is
     being resumed are kept up to its checkpoint.
     """
 
@@ -72,49 +75,67 @@ class RunLog:
         self._bar.start()
 
     def step(
-        self, step: int, values: dict[str, Tensor], norm: Tensor, rate: float, totals: Any
+        self,
+        step: int,
+        values: dict[str, Tensor],
+        norm: Tensor,
+        rate: float,
+        totals: Any,
+        measured: Mapping[str, float] | None = None,
+        last: bool = False,
     ) -> None:
-        """Take in step `step` (from 0); numbers stay on the device until a line is due."""
-        gained = {**values, "grad_norm": norm.detach()}
+        """Take in step `step` (from 0); numbers stay on the device until a line is due.
+
+        Args:
+            step, values, norm, rate, totals: Of the step.
+            measured: Numbers after it, for its line; where none is due, they get their own.
+            last: No step comes after this one.
+        """
+        taken = "loss" in values  # a step that was left out has no terms
+        gained = {**values, "grad_norm": norm.detach()} if taken else dict(values)
         gained |= {"tokens_per_s": totals["tokens"], "images_per_s": totals["images"]}
         for name, value in gained.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        self._steps += 1
+        self._steps += taken
         done = step + 1
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
-        if done % self.config.log_every and done != self.config.max_steps:
+        due = last or done % self.config.log_every == 0 or done == self.config.max_steps
+        if self.main and due:
+            self._line(done, rate, measured or {})
+        elif self.main and measured:
+            self._keep({"step": done, **measured})
+        if not due:
             return
-        if self.main:
-            self._line(done, rate)
         self._sums, self._steps, self._clock = {}, 0, time.perf_counter()
 
-    def _line(self, done: int, rate: float) -> None:
+    def _line(self, done: int, rate: float, measured: Mapping[str, float]) -> None:
         seconds = time.perf_counter() - self._clock
         line = {"step": done, "learning_rate": rate}
         for name, total in self._sums.items():
             counted = name.startswith("skipped")  # a sum already, of the steps of this line
             per = seconds if name.endswith("_per_s") else 1 if counted else self._steps
             line[name] = float(total) / per
-        line["peak_mib"] = peak_memory_mib(self.accelerator.device)
-        self.history.append(line)
-        self._write(line)
-        if self.config.report_to:
-            self.accelerator.log(line, step=done)
+        line |= {**measured, "peak_mib": peak_memory_mib(self.accelerator.device)}
+        self._keep(line)
         if self._bar is not None:
             text = (
-                f"loss {line['loss']:.4f}  {line['tokens_per_s']:.0f} tokens/s  "
+                f"loss {line.get('loss', math.nan):.4f}  {line['tokens_per_s']:.0f} tokens/s  "
                 f"{line['images_per_s']:.1f} images/s  {line['peak_mib']:.0f} MiB"
             )
             self._bar.update(self._task, text=text)
 
-    def _write(self, line: dict[str, float]) -> None:
+    def _keep(self, line: dict[str, float]) -> None:
+        self.history.append(line)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if self.config.report_to:
+            self.accelerator.log(line, step=int(line["step"]))
 
     def state(self) -> dict[str, Tensor]:
         """Sums since the last line, for a checkpoint; the lines before it are brought to disk."""
-        os.fsync(self._file.fileno())
+        if self.main:
+            os.fsync(self._file.fileno())
         seconds = torch.tensor(time.perf_counter() - self._clock, dtype=torch.float64)
         sums = {f"sum.{name}": value for name, value in self._sums.items()}
         return {**sums, "steps": torch.tensor(self._steps), "seconds": seconds}

@@ -15,8 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalign import _random_states, checkpoint, objectives
-from fastalign._prepare import (
+from fastalign import checkpoint, objectives
+from fastalign._run import random_states
+from fastalign._run.engines import Step, make_accelerator, run_whole
+from fastalign._run.guards import Guard
+from fastalign._run.mir_watch import watch_of
+from fastalign._run.prepare import (
     classifier_batches,
     classifier_phase,
     materials,
@@ -25,20 +29,20 @@ from fastalign._prepare import (
     to_device,
     write_result,
 )
+from fastalign._run.stream_order import lengths_of, sampler_of, watched
 from fastalign.config import CALConfig as CALConfig
+from fastalign.config import TrainConfig as TrainConfig
 from fastalign.config import (
-    StepSampler,
     check_same_place,
     check_same_run,
     flat,
     learning_rate,
     schedule_state,
 )
-from fastalign.config import TrainConfig as TrainConfig
 from fastalign.data._skip import Skips
-from fastalign.data._sources import sample_lengths
-from fastalign.models import VLM, Batch
-from fastalign.objectives import DeepAlignState, Terms
+from fastalign.models import VLM, is_sharded
+from fastalign.models._side_stream import whole_tensor
+from fastalign.objectives import Terms
 from fastalign.progress import RunLog
 from fastalign.teachers import CachedTeacher, Teacher
 
@@ -47,6 +51,7 @@ from fastalign.teachers import CachedTeacher, Teacher
 class TrainResult:
     """The trained model, what was logged, and where it was written.
 
+    `path` is `adapter/` or `model/` of the run's folder; LoRA of PEFT's lies beside it in `lora/`.
     With an intervening DeepAlign also how the classifier did: `classifier` of its training, and
     `classifier_accuracy` on the same held-out pairs without and with the trained adapter.
     """
@@ -56,28 +61,6 @@ class TrainResult:
     classifier: objectives.ClassifierReport | None
     path: Path
     classifier_accuracy: objectives.ClassifierAccuracy | None = None
-
-
-class Step(nn.Module):
-    """One objective as a module, so that an engine wraps the whole computation of the loss."""
-
-    def __init__(self, vlm: VLM, state: DeepAlignState | None, config: TrainConfig) -> None:
-        super().__init__()
-        self.model, self.state = vlm.model, state
-        self._vlm, self._bf16 = [vlm], config.bf16
-        if state is not None:
-            self.objective: Callable[..., Terms] = functools.partial(
-                objectives.deepalign, state=state
-            )
-        elif config.objective == "cal":
-            self.objective = functools.partial(objectives.cal, **asdict(config.cal))
-        else:
-            self.objective = objectives.sft
-
-    def forward(self, batch: Batch, totals: dict[str, Tensor]) -> Terms:
-        device = batch["input_ids"].device.type
-        with torch.autocast(device, torch.bfloat16) if self._bf16 else contextlib.nullcontext():
-            return self.objective(self._vlm[0], batch, totals=totals)
 
 
 def train(
@@ -105,26 +88,39 @@ def train(
     Raises:
         ValueError: A setting or a batch is wrong, the checkpoint to resume is of another run, or
             there are checkpoints of which none verifies.
-        FloatingPointError: A loss or gradient is not finite; names the term and the step. Or a
-            weight that a checkpoint would hold; names it.
+        FloatingPointError: A tensor of a step is not finite; names the first, its rank and the
+            step. Or a weight that a checkpoint would hold; names it.
+        RuntimeError: Another rank was lost; names it as far as it is known, and the step.
+        torch.OutOfMemoryError: Names the settings that would help; on the CPU a RuntimeError.
         OSError: The disk did not take a checkpoint; names the file. Those before it are whole.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    with Guard(config) as guard:
+        return _train(config, guard, model, dataset, collate, teacher)
 
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else ranks on CPUs do not find each other
-        log_with=list(config.report_to) or None,
-        project_dir=config.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+
+def _train(
+    config: TrainConfig,
+    guard: Guard,
+    model: nn.Module | None,
+    dataset: Any,
+    collate: Callable[[list[Any]], dict[str, Any]] | None,
+    teacher: Teacher | None,
+) -> TrainResult:
+    accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)
     model, dataset, collate = materials(config, model, dataset, collate)
     skips = Skips(config.on_bad_sample == "skip", config.log_every, config.max_steps, accelerator)
-    lengths = sample_lengths(dataset) if config.group_by_length else None
+    lengths = lengths_of(dataset, config)
     dataset, collate = skips.wrap(dataset, collate, config.seed)
-    vlm, state, parameters, teacher = prepare_model(config, model, accelerator.device, teacher)
+    vlm, state, parameters, teacher = prepare_model(
+        config, model, accelerator.device, teacher, accelerator.is_fsdp2
+    )
     cache = teacher if isinstance(teacher, CachedTeacher) else None
     optimizer = torch.optim.AdamW(parameter_groups(parameters, config), betas=config.betas)
+    loss_of = Step(vlm, state, config)
+    step_module, optimizer = accelerator.prepare(loss_of, optimizer)
+    sharded = is_sharded(step_module)
+    parameters = [p for p in vlm.model.parameters() if p.requires_grad]  # an engine's own by now
     folder, start, report = Path(config.output_dir), 0, None
     if accelerator.is_main_process:
         checkpoint.remove_leftovers(folder)
@@ -136,26 +132,30 @@ def train(
         if stored["trainer.json"]["classifier"]:
             report = objectives.ClassifierReport(**stored["trainer.json"]["classifier"])
     if state is not None and state.config.intervenes and not found:
-        report = classifier_phase(config, vlm, state, dataset, collate)
-    sampler = StepSampler(
-        len(dataset), config, accelerator.process_index, accelerator.num_processes, start, lengths
-    )
+        phase = functools.partial(classifier_phase, config, vlm, state, dataset, collate)
+        report = run_whole(step_module, phase)
+    place = stored["sampler.json"] if found else None
+    sampler = sampler_of(dataset, config, accelerator, start, lengths, place)
+    watch = watch_of(config, vlm, watched(dataset, config), collate, accelerator)
     if found:
         check_same_place(stored, sampler, found)
+        watch.restore(stored["trainer.json"].get("mir"))
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers
     )
-    step_module, optimizer = accelerator.prepare(Step(vlm, state, config), optimizer)
     if config.report_to:
         accelerator.init_trackers("fastalign", config=flat(asdict(config)))
     log = RunLog(config, folder, start, accelerator)
 
-    batches = skips.follow(iter(loader))
+    batches = guard.follow(skips.follow(iter(loader)))
+    guard.watch(vlm, state, step_module, accelerator, sampler)
     if found:
         log.restore(stored["log.safetensors"])
-        _random_states.restore_rank(stored["rng.safetensors"], accelerator)
+        random_states.restore_rank(stored["rng.safetensors"], accelerator)
     vlm.model.train()
-    for step in range(start, config.max_steps):
+    for step in guard.steps(range(start, config.max_steps)):
+        if watch.stands_still:
+            break
         torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + accelerator.process_index)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -164,38 +164,43 @@ def train(
             for _ in range(config.gradient_accumulation_steps)
         ]
         totals = _totals(vlm, micro, accelerator)
+        whole_step = objectives.mutual_shares(vlm, micro, state=state, run=step_module)
+        guard.begin(micro, totals=totals, mutual=whole_step)
         shares: list[Terms] = []
-        for number, batch in enumerate(micro, 1):
+        for number, (batch, mutual) in enumerate(zip(micro, whole_step, strict=True), 1):
             with (
                 accelerator.no_sync(step_module)
                 if number < len(micro)
                 else contextlib.nullcontext()
             ):
-                terms = step_module(batch, totals)
+                more = {} if mutual is None else {"mutual": mutual}
+                terms = step_module(batch, totals=totals, **more)
                 # Gradients are averaged over ranks, and shares are to be added.
                 accelerator.backward(terms["loss"] * accelerator.num_processes)
             shares.append({name: value.detach() for name, value in terms.items()})
-        values = _add(shares, accelerator)
+        values = _add(guard.with_inputs(shares), accelerator)
         if "weight_sum" in values:
-            whole = values.pop("weight_sum")
+            whole = values.pop("weight_sum").clamp_min(torch.finfo(torch.float32).tiny)
             values["loss"] = values["loss"] / whole
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.div_(whole)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        _check_finite(values, norm, step)
-        if config.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
-        optimizer.step()
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = whole_tensor(nn.utils.get_total_norm(grads))
+        if guard.accepts(values, norm):
+            if config.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        values |= skips.counts(step + 1)
-        log.step(step, values, norm, optimizer.param_groups[0]["lr"], totals)
         done = step + 1
+        values |= skips.counts(done)
+        mir, rate = watch.after(done), optimizer.param_groups[0]["lr"]
+        log.step(step, values, norm, rate, totals, mir, watch.stands_still)
         saves = config.save_every and done % config.save_every == 0
         if saves and cache is not None:
             cache.flush()
-        generators = _random_states.gather(accelerator) if saves else {}
-        if saves and accelerator.is_main_process:
+        generators = random_states.gather(accelerator) if saves else {}
+        if saves and (sharded or accelerator.is_main_process):
             checkpoint.save(
                 folder,
                 done,
@@ -205,6 +210,7 @@ def train(
                     "trainer.json": {
                         "config": asdict(config),
                         "classifier": report and asdict(report),
+                        "mir": watch.state(),
                     },
                     "schedule.json": schedule_state(done, config),
                     "sampler.json": sampler.state(done),
@@ -219,8 +225,11 @@ def train(
     judged = None
     if state is not None and report is not None:
         given = classifier_batches(config, vlm, state, dataset, collate)
-        judged = objectives.classifier_accuracy(state, vlm, given, report=report)
-    path = write_result(config, vlm, folder) if accelerator.is_main_process else folder
+        judge = functools.partial(objectives.classifier_accuracy, state, vlm, given, report=report)
+        judged = run_whole(step_module, judge)
+    writes = sharded or accelerator.is_main_process
+    path = write_result(config, vlm, folder) if writes else folder
+    loss_of.close()
     log.close()
     skips.close()
     return TrainResult(vlm.model, log.history, report, path, judged)
@@ -242,12 +251,9 @@ def _add(shares: list[Terms], accelerator: Any) -> Terms:
     return dict(zip(names, accelerator.reduce(local).unbind(), strict=True))
 
 
-def _check_finite(values: Terms, norm: Tensor, step: int) -> None:
-    bad = [
-        name for name, value in (*values.items(), ("gradient norm", norm)) if not value.isfinite()
-    ]
-    if bad:
-        raise FloatingPointError(
-            f"{', '.join(bad)} not finite at step {step}: the parameters are those of the step "
-            "before; look for NaN in the batch, or lower learning_rate or max_grad_norm"
-        )
+if __name__ == "__main__":  # `torchrun -m fastalign.train ...` is `fastalign train ...`
+    import runpy
+    import sys
+
+    sys.argv.insert(1, "train")
+    runpy.run_module("fastalign", run_name="__main__")

@@ -27,7 +27,7 @@ def measured(folder, micro):
     trainer.add_callback(callback)
     trainer.train()
     lines = [line["mir"] for line in trainer.state.log_history if "mir" in line]
-    return {"history": callback.history, "log": lines, "own": len(callback._own)}
+    return {"history": callback.history, "log": lines, "own": len(callback._watch._own)}
 
 
 def main():

@@ -16,7 +16,11 @@ def sample(samples, index):
 
 def collate(samples, indices):
     """A batch in which no sample depends on its company."""
-    batches = [sample(samples, index) for index in indices]
+    return merged([sample(samples, index) for index in indices])
+
+
+def merged(batches):
+    """Batches of one sample as one, padded to the longest."""
     length = max(b["input_ids"].shape[1] for b in batches)
     merged = {}
     for name, value in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):

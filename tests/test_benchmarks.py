@@ -360,8 +360,23 @@ def test_the_loader_is_timed_by_source(harness, tmp_path, capsys):
     finally:
         torch.set_num_threads(threads)
     found = {row["impl"]: row for row in json.loads(file.read_text())}
-    sources = {f"{name}, {n} workers" for name in ("json", "tar", "parquet") for n in (0, 1)}
+    names = ("json", "tar", "parquet", "tar streamed", "parquet streamed")
+    sources = {f"{name}, {n} workers" for name in names for n in (0, 1)}
     assert set(found) == {*sources, "decoded beforehand, 0 workers"}
     assert found["json, 0 workers"]["ratio"] == 1.0
     assert all(row["max_error"] == 0.0 and row["median_us"] > 0 for row in found.values())
     assert "images/s" in capsys.readouterr().out
+
+
+def test_the_share_of_measuring_mir_follows_from_its_ratio(harness):
+    module = importlib.import_module("benchmarks.mir_callback")
+    row = importlib.import_module("benchmarks._turns").Row
+    times = {"median_us": 1.0, "p10_us": 1.0, "p90_us": 1.0}
+    rows = [
+        row("mir_callback", "c", name, "d", **times, ratio=r)
+        for name, r in (("step", 1), ("MIR", 4))
+    ]
+    # 4 of 504 steps' time; and 4 / (n + 4) is 2 % at n = 196.
+    assert module.shares(rows) == [
+        "MIR: 0.79% of the time with one every 500 steps; below 2% from every 197 steps on"
+    ]

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import fastalign as fa
-from fastalign import _random_states, checkpoint
+from fastalign import checkpoint
+from fastalign._run import random_states
 from fastalign.config import StepSampler, check_same_place, schedule_state
 
 HERE = Path(__file__).parent
@@ -240,11 +241,11 @@ def test_generators_come_back():
         ]
 
     random.gauss(0, 1), np.random.standard_normal()  # each keeps the second of a pair
-    stored = _random_states.states(torch.device("cpu"))
+    stored = random_states.states(torch.device("cpu"))
     assert {state.dtype for state in stored.values()} == {torch.uint8}
     expected = draws()
     assert draws() != expected
-    _random_states.restore(stored, torch.device("cpu"))
+    random_states.restore(stored, torch.device("cpu"))
     assert draws() == expected
 
 

@@ -115,7 +115,7 @@ def test_resamples_must_fit(vlm, batches, monkeypatch):
         diagnostics.measure_mir(vlm, batches, resamples=1)
     with pytest.raises(ValueError, match="at most the number of samples: got 4 and 3"):
         diagnostics.measure_mir(vlm, batches, resamples=4)
-    monkeypatch.setattr("fastalign.diagnostics._mir.free_memory", lambda device: 10**6)
+    monkeypatch.setattr("fastalign.models._mir.free_memory", lambda device: 10**6)
     with pytest.raises(ValueError, match=r"resamples = 9 may take .* GB on cpu, of which 0\.0 GB"):
         diagnostics.measure_mir(vlm, batches, resamples=9)
 

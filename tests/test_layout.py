@@ -23,7 +23,7 @@ FLOORS = [
     ["fastalign.adapters", "fastalign.data", "fastalign.objectives", "fastalign.teachers"],
     [
         *("fastalign.config", "fastalign.checkpoint", "fastalign.progress", "fastalign.train"),
-        *("fastalign._manifest", "fastalign._random_states", "fastalign._prepare"),
+        *("fastalign._manifest", "fastalign._run"),
     ],
     [
         *("fastalign.diagnostics", "fastalign.demo", "fastalign.integrations"),

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 import fastalign as fa
 from fastalign import diagnostics
-from fastalign.integrations import _mir_callback
+from fastalign._run import mir_watch
 from fastalign.integrations.transformers import AlignmentTrainer, MIRCallback
 from fastalign.testing.families import family
 from fastalign.testing.models import llava_batch
@@ -174,7 +174,7 @@ def test_patience_counts_values_without_a_new_minimum(
     tmp_path, monkeypatch, patience, min_delta, stop
 ):
     series = iter([3.0, 2.0, 2.0, math.nan, 1.5, 1.6, 1.45, 1.4, 1.1, 1.0])
-    monkeypatch.setattr(_mir_callback, "measure_mir", lambda *a, **k: {"mir": next(series)})
+    monkeypatch.setattr(mir_watch, "measure_mir", lambda *a, **k: {"mir": next(series)})
     callback = MIRCallback([], every=1, patience=patience, min_delta=min_delta)
     trainer = trained(tmp_path, callback, max_steps=10)
     assert trainer.state.global_step == stop

@@ -242,7 +242,7 @@ def test_batches_without_pairs_images_or_labels():
 @pytest.mark.parametrize("name", ["sft", "cal", "tokens", "sample", "deepalign"])
 def test_micro_batches_add_up_to_one_batch(name):
     """Shares of 1 x 4, 2 x 2 and 4 x 1 samples give one loss and one gradient."""
-    # InfoNCE takes its negatives from the micro-batch, so it alone depends on the division.
+    # Without mutual_shares, which tests/test_divisions.py has, the mutual term goes by the batch.
     vlm, state, _, _ = deepalign_setup(DeepAlignConfig(without=("mutual",)))
     samples = ["ttityyy", "tiyyyyyyy", "tyy", "ttityy"]
     whole = teacher_for(llava_batch(samples))

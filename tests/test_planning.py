@@ -150,6 +150,24 @@ def test_deepalign_flops(name, trainable, open_operators):
     close(plan, lambda: fa.objectives.deepalign(vlm, batch, state=state)["loss"].backward())
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_pass_for_negatives_is_counted(name, open_operators):
+    """Both passes of `mutual_shares`; the base model's is not run again in the step."""
+    config = config_of(name)
+    model = prepared(config, everything=False, adapter=True)
+    batch = batch_for(name, model)
+    vlm = fa.VLM(model)
+    settings = DeepAlignConfig(layers=(1, 2), without=("distillation",))
+    state = DeepAlignState(vlm, settings)
+    plan = make_plan(config, options_for(name, batch, accumulation=2, deepalign=settings))
+    both = plan.flops["second pass"] + plan.flops["pass for negatives"]
+    step = lambda: fa.objectives.mutual_shares(vlm, [batch, batch], state=state)
+    measured = counted(step) / (2 * plan.options.batch_size)
+    assert measured == pytest.approx(both, rel=1e-3)
+    alone = make_plan(config, options_for(name, batch, deepalign=settings))
+    assert "pass for negatives" not in alone.flops
+
+
 @pytest.mark.parametrize("trainable", ["adapters", "all"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cal_flops(name, trainable, open_operators):

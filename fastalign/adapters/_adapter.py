@@ -18,6 +18,7 @@ from fastalign.adapters._config import AdapterConfig, build_parts
 from fastalign.adapters._metadata import metadata
 from fastalign.models import VLM, Patches, first_tensor, layer_stack
 from fastalign.models._patches import find_patches
+from fastalign.models._side_stream import whole_tensor
 from fastalign.models._towers import Layout, tower_layout
 
 NAME = "fastalign_adapter"
@@ -254,7 +255,10 @@ class Adapter(nn.Module):
         outputs = {}
         for name in self.probe_names():
             kind, layer, *packed = name.split(".")
-            part: Any = copy.deepcopy(getattr(self, kind)[layer]).to("cpu", torch.float32)
+            part: Any = copy.deepcopy(getattr(self, kind)[layer])
+            whole = {name: whole_tensor(value) for name, value in part.state_dict().items()}
+            part.load_state_dict(whole, assign=True)
+            part = part.to("cpu", torch.float32)
             x = torch.randn(1, 16, part.dim, generator=torch.Generator().manual_seed(part.dim))
             if packed:
                 outputs[name] = part(x[0], [(2, 3), (1, 4), (3, 2)])

@@ -18,6 +18,7 @@ from fastalign.adapters._metadata import describe_base
 from fastalign.adapters._metadata import read_config as read_config
 from fastalign.adapters._untrusted import file_in, read_header, short
 from fastalign.models import VLM
+from fastalign.models._side_stream import is_writer, whole_tensor
 from fastalign.models._towers import describe_tower
 
 WEIGHTS = "adapter_model.safetensors"
@@ -50,6 +51,8 @@ def _told(value: Any) -> str:
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` to a folder: safetensors and JSON, nothing executable.
 
+    Of a model that FSDP2 has sharded every rank must call, and the first one writes whole tensors.
+
     Each file is written beside its name and then moved there, so that a reader never sees half.
     The files have the names of PEFT's, and the keys that PEFT's tools read of any adapter.
 
@@ -68,9 +71,12 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
+    state = adapter.state_dict()
+    tensors = {k: whole_tensor(v.detach()).cpu().contiguous() for k, v in state.items()}
     tensors |= {_PROBE + k: v for k, v in adapter.probe().items()}
+    if not is_writer(state):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (WEIGHTS + ".partial")
     save_file(tensors, partial)
     os.replace(partial, folder / WEIGHTS)

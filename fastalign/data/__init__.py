@@ -24,3 +24,5 @@ from fastalign.data._skip import CountedBatch as CountedBatch
 from fastalign.data._skip import Replacing as Replacing
 from fastalign.data._sources import ShardedRecords as ShardedRecords
 from fastalign.data._sources import TableRecords as TableRecords
+from fastalign.data._stream import Stream as Stream
+from fastalign.data._stream import open_stream as open_stream

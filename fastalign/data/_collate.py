@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -13,23 +12,15 @@ from torch import Tensor
 
 from fastalign.data._errors import SampleError, check_choice, reason_of
 from fastalign.data._images import MAX_PIXELS, for_processor, open_image
+from fastalign.data._pack import IGNORE_INDEX as IGNORE_INDEX
+from fastalign.data._pack import Sample, pack
 from fastalign.data._processors import ALIGNED, encode, image_ids, join, marks_answers
 from fastalign.data._records import IMAGE_MARK, Record, Turn, parse_record
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IGNORE_INDEX = -100
-
 _log = logging.getLogger("fastalign.data")
-
-
-@dataclass
-class _Sample:
-    ids: list[int]
-    labels: list[int]
-    aligned: dict[str, list[int]]
-    tensors: dict[str, list[Tensor]]
 
 
 class Collator:
@@ -47,13 +38,16 @@ class Collator:
             image, no label, too long) with a logged warning; a batch with no record left raises.
         append_eos: End each answer with the tokenizer's end-of-sequence token where the template
             does not (LLaVA-1.5's does not).
+        pack_text: Samples without an image share rows, as many as the longest sample of the batch
+            has room for. The model keeps them apart by `segments` (see `fastalign.VLM`).
         max_pixels: See `open_image`. An image more than 200 times as long as wide is an error, and
             one of 1 or 3 rows is doubled, as processors would take its rows for channels.
 
     Raises:
         ValueError: The processor lacks a chat template, a tokenizer or an image token;
-            `max_length` is less than 2; an option has another value than those above; or
-            `append_eos` asks for a token that the tokenizer lacks.
+            `max_length` is less than 2; an option has another value than those above;
+            `append_eos` asks for a token that the tokenizer lacks; or `pack_text` is asked of
+            PaliGemma, whose attention before an answer goes both ways.
     """
 
     def __init__(
@@ -64,6 +58,7 @@ class Collator:
         on_overflow: Literal["raise", "truncate"] = "raise",
         on_error: Literal["raise", "skip"] = "raise",
         append_eos: bool = False,
+        pack_text: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         check_choice("on_overflow", on_overflow, ("raise", "truncate"))
@@ -84,6 +79,12 @@ class Collator:
         tokenizer = processor.tokenizer
         self._image_ids = image_ids(processor)
         self._marks_answers = marks_answers(processor)
+        self.pack_text = pack_text
+        if pack_text and self._marks_answers:
+            raise ValueError(
+                f"pack_text must be False for {type(processor).__name__}: its model's attention "
+                "goes both ways before an answer, so that samples of one row would see each other"
+            )
         # Only what the tokenizer itself would put first; a template that writes it is left alone.
         self._bos_text = tokenizer.bos_token
         self._bos = [i for i in tokenizer("a")["input_ids"][:1] if i == tokenizer.bos_token_id]
@@ -101,8 +102,10 @@ class Collator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels` (b, L) int64, right padded; `labels` is -100
-            but for the tokens of answers. With images also `pixel_values` and whatever else the
-            processor returns, joined over all images of the batch.
+            but for the tokens of answers. Where rows hold several samples also `segments`, (b, L)
+            int64: the number of each token's sample within its row, -1 for padding. With images
+            also `pixel_values` and whatever else the processor returns, joined over all images of
+            the batch.
 
         Raises:
             FileNotFoundError: An image is missing.
@@ -128,10 +131,10 @@ class Collator:
                 _log.warning("%s skipped: %s", name, error)
         if not samples:
             raise ValueError(f"records must hold a usable record: all {len(records)} were skipped")
-        return self._pad_batch(samples)
+        return self._pad_batch(pack(samples) if self.pack_text else samples)
 
-    def _sample(self, record: Record) -> _Sample:
-        sample = _Sample([], [], {}, {})
+    def _sample(self, record: Record) -> Sample:
+        sample = Sample([], [], {}, {})
         opened = (open_image(source, max_pixels=self.max_pixels) for source in record.images)
         guesses = hasattr(self.processor, "image_processor")
         images = [for_processor(image, guesses_channels=guesses) for image in opened]
@@ -225,7 +228,7 @@ class Collator:
         options = {"add_special_tokens": False, "verbose": False}
         return list(self.processor.tokenizer(text, **options)["input_ids"])
 
-    def _fit(self, sample: _Sample) -> _Sample:
+    def _fit(self, sample: Sample) -> Sample:
         """`sample` cut to `max_length`, or the reason why it cannot be."""
         length, limit = len(sample.ids), self.max_length
         if limit is not None and length > limit:
@@ -259,7 +262,7 @@ class Collator:
             )
         return sample
 
-    def _pad_batch(self, samples: list[_Sample]) -> dict[str, Tensor]:
+    def _pad_batch(self, samples: list[Sample]) -> dict[str, Tensor]:
         longest = max(len(sample.ids) for sample in samples)
 
         def padded(rows: Iterable[list[int]], value: int) -> Tensor:
@@ -270,6 +273,8 @@ class Collator:
             "attention_mask": padded(([1] * len(s.ids) for s in samples), 0),
             "labels": padded((s.labels for s in samples), IGNORE_INDEX),
         }
+        if any(s.segments and s.segments[-1] for s in samples):
+            batch["segments"] = padded((s.segments for s in samples), -1)
         for key in sorted({key for s in samples for key in s.aligned}):
             batch[key] = padded((s.aligned.get(key, []) for s in samples), 0)
         keys = {key for s in samples for key in s.tensors}

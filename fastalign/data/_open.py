@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def open_data(
         ValueError: It holds none of the above, or something that is wrong in it.
     """
     check_choice("on_error", on_error, ("raise", "skip"))
-    files = _expand(os.fspath(path))
+    files = expand(os.fspath(path))
     first = files[0]
     if len(files) == 1 and first.is_dir():
         return _folder(first, image_root, on_error)
@@ -72,9 +73,7 @@ def _folder(
     folder: Path, image_root: str | os.PathLike[str] | None, on_error: Literal["raise", "skip"]
 ) -> Sequence[Record]:
     root = Path(os.path.abspath(folder if image_root is None else image_root))
-    if (folder / "dataset_dict.json").is_file():
-        raise ValueError(f"data must be one split: {folder} holds several, name one of its folders")
-    if (folder / "state.json").is_file():
+    if saved_files(folder):
         import datasets
 
         return TableRecords(datasets.load_from_disk(folder), root)
@@ -90,6 +89,23 @@ def _folder(
     )
 
 
+def saved_files(folder: Path) -> list[Path]:
+    """The files of what `datasets.save_to_disk` wrote into a folder; none where it did not.
+
+    Raises:
+        ValueError: It wrote several splits.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        raise ValueError(f"data must be one split: {folder} holds several, name one of its folders")
+    if not (folder / "state.json").is_file():
+        return []
+    try:
+        listed = json.loads((folder / "state.json").read_text())["_data_files"]
+        return [folder / file["filename"] for file in listed]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"data must be whole: {folder / 'state.json'}: {error!r}") from None
+
+
 def _tables(files: list[Path], root: Path) -> TableRecords:
     import datasets
 
@@ -99,7 +115,7 @@ def _tables(files: list[Path], root: Path) -> TableRecords:
     return TableRecords(datasets.Dataset.from_parquet([str(file) for file in files]), root)
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[Path]:
     """The files that a pattern names: ranges of numbers first, then wildcards, sorted."""
     if os.path.exists(pattern):
         return [Path(pattern)]
@@ -110,7 +126,7 @@ def _expand(pattern: str) -> list[Path]:
         if not texts:
             raise ValueError(f"data must name a range that ascends: got {match.group()}")
         return [
-            p for t in texts for p in _expand(pattern[: match.start()] + t + pattern[match.end() :])
+            p for t in texts for p in expand(pattern[: match.start()] + t + pattern[match.end() :])
         ]
     if glob.has_magic(pattern):
         found = sorted(glob.glob(pattern))

@@ -9,13 +9,14 @@ import os
 import re
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastalign.data._errors import SampleError
 
 Members = dict[str, tuple[int, int]]  # (offset, size) by what follows the first dot of the name
 
-_NAME = re.compile(r"(?:.*/)?[^./][^./]*\.[^/]+")
+# Stem (with its folders) and suffix: what comes before and after the first dot of the name.
+MEMBER_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _BLOCK = 512
 _VERSION = 1
 _log = logging.getLogger("fastalign.data")
@@ -81,23 +82,27 @@ def _scan(path: Path, size: int) -> tuple[list[tuple[str, Members]], str]:
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("the file ends early")
                 # Links would lead elsewhere, and the data of a sparse file is not contiguous.
-                if not member.isreg() or member.issparse() or not _NAME.fullmatch(member.name):
+                named = MEMBER_NAME.fullmatch(member.name)
+                if named is None or not member.isreg() or member.issparse():
                     continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                members = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
+                stem, suffix = named.groups()
+                members = samples.setdefault(stem, {})
                 if suffix.lower() in members:
                     return list(samples.items())[:-1], f"two members are named {member.name}"
                 members[suffix.lower()] = (member.offset_data, member.size)
             end = tar.offset
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         return _whole(samples), str(error)
-    # tarfile takes a damaged header for the end of the file.
     with path.open("rb") as file:
-        file.seek(end)
-        if any(file.read(_BLOCK)):
+        if not at_end(file, end):
             return _whole(samples), f"a damaged header at byte {end}"
     return list(samples.items()), ""
+
+
+def at_end(file: IO[bytes], offset: int) -> bool:
+    """Whether a tar file ends at `offset`; tarfile takes a damaged header for its end."""
+    file.seek(offset)
+    return not any(file.read(_BLOCK))
 
 
 def _whole(samples: dict[str, Members]) -> list[tuple[str, Members]]:
@@ -123,12 +128,10 @@ def read_member(path: Path, place: tuple[int, int]) -> bytes:
     return data
 
 
-def read_json(path: Path, place: tuple[int, int]) -> dict[str, Any]:
-    """A member that holds a JSON object."""
+def json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object of a member."""
     try:
-        value = json.loads(read_member(path, place))
-    except SampleError:
-        raise
+        value = json.loads(data)
     except ValueError as error:
         raise SampleError(f"json must be valid: {error}") from None
     if not isinstance(value, dict):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastalign.data._errors import REASONS, reason_of
+from fastalign.data._stream import Stream
+from fastalign.data._stream_shards import StreamItem
 
 TRIES = 100
 WARNINGS = 10
@@ -66,8 +68,8 @@ class Replacing:
         samples = [self._usable(i, skipped) for i in indices]
         return CountedBatch(self.collate(samples), len(indices), dict(skipped))
 
-    def _usable(self, index: int, skipped: Counter[str]) -> Any:
-        for candidate in self._candidates(index):
+    def _usable(self, index: Any, skipped: Counter[str]) -> Any:
+        for tried, candidate in enumerate(self._candidates(index), 1):  # noqa: B007
             try:
                 sample = self.dataset[candidate]
                 self.collate([sample])
@@ -77,18 +79,52 @@ class Replacing:
                 skipped[reason_of(error)] += 1
                 self._warned += 1
                 level = logging.WARNING if self._warned <= WARNINGS else logging.DEBUG
-                _log.log(level, "sample %d skipped (%s): %s", candidate, reason_of(error), error)
+                _log.log(level, "sample %s skipped (%s): %s", candidate, reason_of(error), error)
         raise ValueError(
-            f"the dataset must hold samples that can be used: none of {TRIES} was; the last one: "
+            f"the dataset must hold samples that can be used: none of {tried} was; the last one: "
             f"{last}"
         ) from last
 
-    def _candidates(self, index: int) -> Iterator[int]:
+    def _candidates(self, index: Any) -> Iterator[Any]:
         yield index
         seed = (self.seed * 1_000_003 + index) % 2**63
         generator = torch.Generator().manual_seed(seed)
         for _ in range(TRIES - 1):
             yield int(torch.randint(len(self.dataset), (), generator=generator))
+
+
+class Parsing:
+    """Collates what a stream holds.
+
+    Args:
+        collate: Records to a batch.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Sequence[StreamItem]) -> dict[str, Any]:
+        return self.collate([item.record() for item in items])
+
+
+class StreamReplacing(Replacing):
+    """`Replacing` for a stream: an item that cannot be used is replaced by one of its spares.
+
+    Args:
+        collate: Records to a batch.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        super().__init__(_Parsed(), collate)
+
+    def _candidates(self, index: Any) -> Iterator[Any]:
+        yield index
+        yield from index.spares
+
+
+class _Parsed:
+    def __getitem__(self, item: StreamItem) -> Any:
+        return item.record()
 
 
 class Skips:
@@ -111,6 +147,8 @@ class Skips:
         self, dataset: Any, collate: Callable[[list[Any]], dict[str, Any]], seed: int
     ) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
         """Dataset and collate function of a loader; workers take samples in the latter."""
+        if isinstance(dataset, Stream):
+            return dataset, StreamReplacing(collate) if self.on else Parsing(collate)
         if not self.on:
             return dataset, collate
         return range(len(dataset)), Replacing(dataset, collate, seed=seed)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from fastalign.data._errors import SampleError, check_choice
 from fastalign.data._records import IMAGE_SUFFIXES, Record, parse_record, read_items
-from fastalign.data._shards import Members, index_shard, read_json, read_member
+from fastalign.data._shards import Members, index_shard, json_object, read_member
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +55,7 @@ class JsonRecords(Records):
         return len(self._items)
 
     def lengths(self) -> list[tuple[int, int]]:
-        return [_size(item) if isinstance(item, dict) else (0, 0) for item in self._items]
+        return [item_size(item) if isinstance(item, dict) else (0, 0) for item in self._items]
 
     def _record(self, index: int) -> Record:
         return parse_record(self._items[index], self._root)
@@ -98,28 +98,19 @@ class ShardedRecords(Records):
     def lengths(self) -> list[tuple[int, int]]:
         """Image members and bytes of text of each record."""
         return [
-            (len(_images(m)), sum(m[name][1] for name in ("json", "txt") if name in m))
+            (len(image_members(m)), sum(m[name][1] for name in ("json", "txt") if name in m))
             for _, _, m in self._samples
         ]
 
     def _record(self, index: int) -> Record:
         number, key, members = self._samples[index]
         shard = self.shards[number]
-        item = read_json(shard, members["json"]) if "json" in members else {}
-        if "txt" in members and "conversations" not in item:
-            try:
-                item["caption"] = read_member(shard, members["txt"]).decode("utf-8-sig").strip()
-            except UnicodeDecodeError as error:
-                raise SampleError(f"txt must be UTF-8: {error}") from None
-        images = _images(members)
-        if item.get("image") and not images:
-            raise FileNotFoundError(
-                f"{self._name(index)}: image must be a member beside the json: got "
-                f"{', '.join(members)}"
-            )
-        item["image"] = [read_member(shard, members[name]) for name in images]
-        item.setdefault("id", f"{shard.name}:{key}")
-        return parse_record(item)
+        return members_record(
+            members,
+            lambda name: read_member(shard, members[name]),
+            self._name(index),
+            f"{shard.name}:{key}",
+        )
 
     def _name(self, index: int) -> str:
         number, key, _ = self._samples[index]
@@ -144,7 +135,7 @@ class TableRecords(Records):
         if not isinstance(table, datasets.Dataset):
             raise ValueError(
                 f"table must be a datasets.Dataset: got {type(table).__name__}; an order that can "
-                "be resumed at any step needs samples by index, so download a stream first"
+                "be resumed at any step needs samples by index; open_stream takes a stream"
             )
         lazy = datasets.Image(decode=False)
         for name, feature in table.features.items():
@@ -159,7 +150,7 @@ class TableRecords(Records):
 
     def lengths(self) -> list[tuple[int, int]]:
         kept = [n for n in ("caption", "conversations") if n in self._table.column_names]
-        texts = [_size(row)[1] for row in self._table.select_columns(kept)]
+        texts = [item_size(row)[1] for row in self._table.select_columns(kept)]
         return list(zip(self._image_counts(), texts, strict=True))
 
     def _image_counts(self) -> list[int]:
@@ -173,23 +164,60 @@ class TableRecords(Records):
         return counts
 
     def _record(self, index: int) -> Record:
-        # Columns that a row leaves out are None.
-        item = {name: v for name, v in self._table[index].items() if v is not None}
-        images = item.pop("images", None) or item.get("image") or []
-        images = images if isinstance(images, list) else [images]
-        item["image"] = [_content(image) for image in images]
-        item.setdefault("id", f"row {index}")
-        return parse_record(item, self._root)
+        return row_record(self._table[index], self._root, f"row {index}")
 
     def _name(self, index: int) -> str:
         return f"row {index}"
 
 
-def _images(members: Members) -> list[str]:
-    return [n for n in members if f".{n.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+def members_record(
+    names: Collection[str], read: Callable[[str], bytes], where: str, id: str
+) -> Record:
+    """The record of a tar shard's sample.
+
+    Args:
+        names: Of its members, in their order.
+        read: The bytes of a member.
+        where: The sample, for messages.
+        id: Of the record, unless its json names one.
+    """
+    item = json_object(read("json")) if "json" in names else {}
+    if "txt" in names and "conversations" not in item:
+        try:
+            item["caption"] = read("txt").decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise SampleError(f"txt must be UTF-8: {error}") from None
+    images = image_members(names)
+    if item.get("image") and not images:
+        raise FileNotFoundError(
+            f"{where}: image must be a member beside the json: got {', '.join(names)}"
+        )
+    item["image"] = [read(name) for name in images]
+    item.setdefault("id", id)
+    return parse_record(item)
 
 
-def _size(item: dict[str, Any]) -> tuple[int, int]:
+def row_record(row: dict[str, Any], root: str | os.PathLike[str], id: str) -> Record:
+    """The record of a table's row, whose columns are None where it leaves them out."""
+    item = {name: value for name, value in row.items() if value is not None}
+    item["image"] = [_content(image) for image in row_images(item)]
+    item.pop("images", None)
+    item.setdefault("id", id)
+    return parse_record(item, root)
+
+
+def image_members(names: Collection[str]) -> list[str]:
+    """The members of a sample that are images."""
+    return [n for n in names if f".{n.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+
+
+def row_images(row: dict[str, Any]) -> list[Any]:
+    """The images of a table's row."""
+    images = row.get("images") or row.get("image") or []
+    return images if isinstance(images, list) else [images]
+
+
+def item_size(item: dict[str, Any]) -> tuple[int, int]:
     """Images and letters of an item that may be wrong in any way."""
     image, turns = item.get("image"), item.get("conversations")
     images = len(image) if isinstance(image, list) else int(image is not None)

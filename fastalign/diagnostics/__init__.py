@@ -29,8 +29,6 @@ from fastalign.diagnostics._intervention import ModalityChannels as ModalityChan
 from fastalign.diagnostics._intervention import modality_channels as modality_channels
 from fastalign.diagnostics._intervention import plot_modality_channels as plot_modality_channels
 from fastalign.diagnostics._intervention import plot_shift_alignment as plot_shift_alignment
-from fastalign.diagnostics._mir import measure_mir as measure_mir
-from fastalign.diagnostics._mir import mir_per_layer as mir_per_layer
 from fastalign.diagnostics._mir import plot_mir_per_layer as plot_mir_per_layer
 from fastalign.diagnostics._patches import PatchSimilarity as PatchSimilarity
 from fastalign.diagnostics._patches import patch_similarity as patch_similarity
@@ -42,3 +40,5 @@ from fastalign.diagnostics._probe import plot_linear_probe as plot_linear_probe
 from fastalign.diagnostics._words import PatchWords as PatchWords
 from fastalign.diagnostics._words import nearest_words as nearest_words
 from fastalign.diagnostics._words import plot_nearest_words as plot_nearest_words
+from fastalign.models._mir import measure_mir as measure_mir
+from fastalign.models._mir import mir_per_layer as mir_per_layer

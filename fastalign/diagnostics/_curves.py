@@ -67,8 +67,11 @@ def plot_learning_curve(
         axes = figure.add_subplot(1, len(terms), place)
         for i, (name, data) in enumerate(curves.items()):
             if term in data:
-                style = line_style(i) | {"marker": "o" if len(data["step"]) < 3 else ""}
-                axes.plot(data["step"], data[term], label=name, **style)
+                # Lines without the term, as most have no MIR, would leave its points unjoined.
+                pairs = zip(data["step"], data[term], strict=True)
+                points = [pair for pair in pairs if not math.isnan(pair[1])]
+                style = line_style(i) | {"marker": "o" if len(points) < 3 else ""}
+                axes.plot([p[0] for p in points], [p[1] for p in points], label=name, **style)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(_UNITS.get(term, term))
         finish_axes(axes, integers=True)

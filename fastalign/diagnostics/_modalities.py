@@ -8,20 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastalign.models import VLM, Batch
-
-
-def check_image_tokens(vlm: VLM) -> None:
-    """Refuse a model in which images are no rows of the decoder's hidden states.
-
-    Raises:
-        ValueError: Images enter by cross-attention (Mllama).
-    """
-    if getattr(vlm.config.get_text_config(), "cross_attention_layers", None):
-        raise ValueError(
-            f"model must hold images as tokens among the text: {type(vlm.model).__name__} reads "
-            "them by cross-attention, so its layers have no image rows to compare (the token that "
-            "marks an image is embedded as text)"
-        )
+from fastalign.models._mir import check_image_tokens as check_image_tokens
 
 
 def to_model(vlm: VLM, batch: Batch) -> dict[str, Any]:

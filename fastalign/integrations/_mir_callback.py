@@ -1,22 +1,16 @@
 """MIR while a `transformers.Trainer` trains, and an end to training when it stops falling."""
 
-import math
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
-from torch import nn
 from transformers import TrainerCallback
 
-from fastalign.diagnostics import measure_mir
-from fastalign.diagnostics._modalities import check_image_tokens
+from fastalign._run.mir_watch import MIRWatch, check_whole
 from fastalign.metrics import ModalityIntegrationRate
 from fastalign.models import VLM
+from fastalign.models._mir import check_image_tokens
 from fastalign.ops._check import check_one_of, check_positive
-
-Batches = Iterable[Mapping[str, Any]]
 
 
 class MIRCallback(TrainerCallback):
@@ -27,7 +21,7 @@ class MIRCallback(TrainerCallback):
     modalities, not quality, and need not fall: docs/mir.md has a case where it rises.
 
     The states stream through `ModalityIntegrationRate`, in evaluation mode and without gradient;
-    modes and torch's random state are put back, so that training takes the same course with it.
+    modes and random states are put back, so that training takes the same course with it.
     Every rank runs its share of the batches, and the sums are joined: the value is that of one.
 
         trainer.add_callback(MIRCallback(dataset, collate=trainer.data_collator, trainer=trainer))
@@ -83,15 +77,21 @@ class MIRCallback(TrainerCallback):
             raise ValueError(f"min_delta must be at least 0: got {min_delta}")
         check_one_of("text", text, ("all", "after"))
         ModalityIntegrationRate(1, 1, method=method, outliers=outliers)  # refuses other values
-        self.every, self.samples = every, samples
-        self.patience, self.min_delta = patience, min_delta
-        self.batch_size, self.seed, self.collate = batch_size, seed, collate
-        self.method, self.outliers, self.text = method, outliers, text
         self.trainer = trainer
         self.history: list[dict[str, Any]] = []
-        self._data = data
-        self._own: list[Mapping[str, Any]] | None = None  # this rank's batches, once read
-        self._best, self._without = math.inf, 0
+        self._watch = MIRWatch(
+            data,
+            every=every,
+            samples=samples,
+            patience=patience,
+            min_delta=min_delta,
+            collate=collate,
+            batch_size=batch_size,
+            seed=seed,
+            method=method,
+            outliers=outliers,
+            text=text,
+        )
 
     # Events
 
@@ -103,24 +103,21 @@ class MIRCallback(TrainerCallback):
                 "reach it: trainer.add_callback(MIRCallback(data, trainer=trainer)); or pass "
                 "report_to=[]"
             )
-        if args.fsdp or args.deepspeed:
-            raise ValueError(
-                "the model must be whole on every rank for MIRCallback: ranks run different "
-                "numbers of batches, and sharded weights (FSDP, DeepSpeed) would wait for each "
-                "other; use DDP, or measure checkpoints with fastalign mir"
-            )
+        check_whole("DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else "")
         check_image_tokens(self._view(kwargs["model"]))
-        self.history, self._best, self._without = [], math.inf, 0
+        self.history = []
+        self._watch.forget()
         for line in state.log_history:
             if "mir" in line:
-                self._judge(line["mir"])
+                self._watch.judge(line["mir"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, log and judge, every `every` steps."""
-        if state.global_step % self.every:
+        if state.global_step % self._watch.every:
             return
         start = time.perf_counter()
-        found = self._measure(kwargs["model"], args.process_index, args.world_size)
+        vlm = self._view(kwargs["model"])
+        found = self._watch.measure(vlm, args.process_index, args.world_size)
         seconds = time.perf_counter() - start
         self.history.append({"step": state.global_step, "seconds": seconds, **found})
         line = {"mir": found["mir"], "mir_seconds": seconds}
@@ -131,63 +128,10 @@ class MIRCallback(TrainerCallback):
             due = control.should_log
             self.trainer.log(line)
             control.should_log = due
-        if self._judge(found["mir"]):
+        self._watch.judge(found["mir"])
+        if self._watch.stands_still:
             control.should_training_stop = True
-
-    # What they do
-
-    def _judge(self, mir: float) -> bool:
-        """Take a value in; whether MIR has not fallen for `patience` values."""
-        if mir < self._best - self.min_delta:
-            self._best, self._without = mir, 0
-        else:
-            self._without += 1
-        return self.patience is not None and self._without >= self.patience
-
-    def _measure(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Any]:
-        vlm = self._view(model)
-        with torch.random.fork_rng(devices=[]):  # a loader may draw its order from the generator
-            found = measure_mir(
-                vlm,
-                self._share(rank, ranks),
-                method=self.method,
-                outliers=self.outliers,
-                text=self.text,
-            )
-        if ranks > 1:  # what ends training must be the same number everywhere
-            device = next(vlm.model.parameters()).device
-            mir = torch.tensor(found["mir"], dtype=torch.float64, device=device)
-            torch.distributed.broadcast(mir, 0)
-            found["mir"] = float(mir)
-        return found
 
     @staticmethod
     def _view(model: Any) -> VLM:
         return VLM(model.get_base_model() if hasattr(model, "get_base_model") else model)
-
-    def _share(self, rank: int, ranks: int) -> Iterable[Mapping[str, Any]]:
-        """This rank's batches: every `ranks`-th."""
-        if self.collate is not None:
-            return self._collated(rank, ranks, self.collate)
-        if self._own is None:
-            self._own = [b for i, b in enumerate(self._first_batches()) if i % ranks == rank]
-            self._data = None
-        return self._own
-
-    def _first_batches(self) -> Iterator[Mapping[str, Any]]:
-        left = self.samples
-        for batch in self._data:
-            yield batch
-            left -= len(batch["input_ids"])
-            if left <= 0:
-                return
-
-    def _collated(
-        self, rank: int, ranks: int, collate: Callable[[list[Any]], Mapping[str, Any]]
-    ) -> Batches:
-        """Batches made anew each time: images in memory would take more than decoding takes."""
-        size = len(self._data)
-        drawn = random.Random(self.seed).sample(range(size), min(self.samples, size))
-        groups = [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
-        for group in groups[rank::ranks]:
-            yield collate([self._data[i] for i in group])

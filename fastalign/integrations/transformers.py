@@ -2,11 +2,12 @@
 
 A step of the Trainer may span several micro-batches and ranks. What an objective divides by is
 counted over all of them before the first forward, so that the shares add up to the value of one
-large batch. CAL's summed weights are known at the end of the step only: gradients and loss are
-divided there, before the Trainer clips.
+large batch, and DeepAlign's mutual information sees the pairs of all of them. CAL's summed weights
+are known at the end of the step only: gradients and loss are divided there, before the Trainer
+clips.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,9 @@ from fastalign.integrations._engine import (
     make_objective,
 )
 from fastalign.integrations._mir_callback import MIRCallback as MIRCallback
+from fastalign.integrations._nonfinite import FiniteSteps
 from fastalign.models import VLM
-from fastalign.objectives import DeepAlignState, Terms
+from fastalign.objectives import DeepAlignState, MutualShare, Terms, mutual_shares
 
 if TYPE_CHECKING:
     _AnyTrainer = Any
@@ -55,6 +57,8 @@ class AlignmentMixin(_AnyTrainer):  # type: ignore[misc]
     Raises:
         TypeError: The model is no image-text-to-text model, or has LoRA on its head.
         ValueError: An option is unknown, or a setting of the trainer contradicts the objective.
+        FloatingPointError: From `train`: a tensor of a step is not finite; names the first. Neither
+            the optimizer nor a checkpoint has seen the step.
     """
 
     # Every loss is its share of the step, whatever the number of micro-batches.
@@ -74,6 +78,10 @@ class AlignmentMixin(_AnyTrainer):  # type: ignore[misc]
         self._vlm: VLM | None = None
         self._totals: dict[str, Tensor] | None = None
         self._sharing = False
+        self._micro: list[Any] = []
+        self._mutual: Iterator[MutualShare | None] | None = None
+        self._finite = FiniteSteps(self, state)
+        self._values: Terms = {}
         self._sums: Terms = {}
         self._window: Terms = {}
         self._window_steps = 0
@@ -133,7 +141,9 @@ class AlignmentMixin(_AnyTrainer):  # type: ignore[misc]
         """The micro-batches of a step; what the objective divides by is counted over them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._sums = {}
+        self._micro, self._mutual = batches, None
         self._totals = self._count(batches) if batches else None
+        self._finite.begin([self._batch(batch) for batch in batches], self._view(), self._totals)
         return batches, items
 
     def _count(self, batches: list[Any]) -> dict[str, Tensor]:
@@ -182,14 +192,42 @@ class AlignmentMixin(_AnyTrainer):  # type: ignore[misc]
             num_items_in_batch: Not used: a step is counted by `get_batch_samples`.
         """
         totals = self._totals if self._sharing else None
-        loss, terms = self._run(model, inputs, totals)
+        mutual = None if totals is None else self._next_share(model)
+        loss, terms = self._run(model, inputs, totals, mutual)
         if totals is not None:
             for name, value in terms.items():
                 self._sums[name] = self._sums.get(name, 0) + value.float()
         return (loss, terms) if return_outputs else loss
 
+    def _next_share(self, model: nn.Module) -> MutualShare | None:
+        """What the next micro-batch of the step knows of all; the first call asks them all."""
+        if self._mutual is None:
+
+            def run(batch: Any, function: Callable[[Any], Any]) -> Any:
+                return self._inside(model, function, self._prepare_inputs(batch))
+
+            vlm, state = self._view(), self.alignment_state
+            shares = mutual_shares(vlm, self._micro, state=state, run=run)
+            self._finite.shares, self._mutual = shares, iter(shares)
+        return next(self._mutual)
+
+    def _inside(self, model: nn.Module, function: Callable[[Any], Any], inputs: Any) -> Any:
+        """`function` of the batch through `model`'s outermost call, in the trainer's precision."""
+
+        def forward(batch: dict[str, Any]) -> Any:
+            # accelerate puts autocast around the model's own forward, not around this one.
+            with self.accelerator.autocast():
+                return function(batch)
+
+        module = self.accelerator.unwrap_model(model)
+        return call_inside(model, module, forward, self._batch(inputs))
+
     def _run(
-        self, model: nn.Module, inputs: Any, totals: Mapping[str, Tensor] | None
+        self,
+        model: nn.Module,
+        inputs: Any,
+        totals: Mapping[str, Tensor] | None,
+        mutual: MutualShare | None = None,
     ) -> tuple[Tensor, Terms]:
         """The loss through `model`'s outermost call, and the terms beside it.
 
@@ -199,10 +237,9 @@ class AlignmentMixin(_AnyTrainer):  # type: ignore[misc]
         vlm = self._view()
         found: Terms = {}
 
-        def forward(batch: dict[str, Any]) -> Tensor:
-            # accelerate puts autocast around the model's own forward, not around this one.
-            with self.accelerator.autocast():
-                terms = self._compute(vlm, batch, totals=totals)
+        def objective(batch: dict[str, Any]) -> Tensor:
+            more = {} if mutual is None else {"mutual": mutual}
+            terms = self._compute(vlm, batch, totals=totals, **more)
             found.update({name: value.detach() for name, value in terms.items()})
             loss = terms["loss"]
             if totals is None:
@@ -213,18 +250,19 @@ class AlignmentMixin(_AnyTrainer):  # type: ignore[misc]
             ranks: int = self.accelerator.num_processes
             return loss * ranks
 
-        module = self.accelerator.unwrap_model(model)
-        loss: Tensor = call_inside(model, module, forward, self._batch(inputs))
+        loss: Tensor = self._inside(model, objective, inputs)
         return loss, found
 
     @torch.no_grad()
     def _finish_step(self, model: nn.Module) -> Tensor:
         """Terms of the whole step; gradients divided by what was not known before."""
         assert self._totals is not None
+        self._sums["inputs"] = self._finite.flag()
         local = torch.stack(list(self._sums.values()))
         whole_step: Tensor = self.accelerator.reduce(local)
         values: Terms = dict(zip(self._sums, whole_step.unbind(), strict=True))
         self._sums = {}
+        self._micro, self._mutual = [], None
         whole = values.pop("weight_sum", None)
         if whole is not None:
             factor = torch.where(whole > 0, self._totals["tokens"] / whole, 0.0)
@@ -232,11 +270,19 @@ class AlignmentMixin(_AnyTrainer):  # type: ignore[misc]
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor.to(parameter.grad.device))
             values["loss"] = torch.where(whole > 0, values["loss"] / whole, 0.0)
+        self._values = dict(values)
+        del values["inputs"]
         loss = values.pop("loss")
         for name, value in values.items():
             self._window[name] = self._window.get(name, 0) + value
         self._window_steps += 1
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As the trainer's, which asks for it before the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._finite.check(model, self._values, norm)
+        return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the trainer's, with the terms of the steps since the last line."""

@@ -1,6 +1,6 @@
 """The image-free forward layer by layer with the forward with the image."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,6 +135,24 @@ def _standing_in(parent: nn.Module, call: Any) -> Iterator[None]:
     finally:
         for name, child in own.items():
             setattr(parent, name, child)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 has sharded, gathered from all ranks, which all must call; else itself."""
+    maybe: Any = tensor
+    whole: Tensor = maybe.full_tensor() if is_part(tensor) else tensor
+    return whole
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of it, as a DTensor, which costs much to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_writer(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether this rank writes tensors to files: of sharded ones only the first rank does."""
+    sharded = any(is_part(tensor) for tensor in tensors.values())
+    return not sharded or torch.distributed.get_rank() == 0
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -37,6 +37,7 @@ from fastalign.models._rows import only_rows, take_rows
 from fastalign.models._side_stream import is_sharded
 from fastalign.models._stand_in import stand_in_image
 from fastalign.models._taps import Taps
+from fastalign.models._text_packing import model_inputs
 from fastalign.ops._check import check_one_of
 
 IGNORE_INDEX = -100
@@ -76,7 +77,9 @@ class VLM:
 
     The model is not modified. A batch is what its processor makes: `input_ids` and `attention_mask`
     (b, L), `pixel_values` (absent when no sample has an image) and, for training, `labels` (b, L)
-    with -100 where no token is to be predicted.
+    with -100 where no token is to be predicted. Text-only samples may share rows: `segments`,
+    (b, L) int64, then holds the number of each token's sample within its row, from 0, and -1 for
+    padding; the label of a sample's first token is -100.
 
     Args:
         model: Any image-text-to-text model of transformers (`LlavaForConditionalGeneration`, ...).
@@ -126,6 +129,7 @@ class VLM:
         # How logits follow from the head's output: seen in the first pass.
         self._transform: LogitTransform | None = None
         self._taps: Taps | None = None
+        self._packable = False  # whether it is known to keep samples of one row apart
         self._branch = Branch(self.decoder, self.layers, text, type(model).__name__)
 
     @property
@@ -303,7 +307,7 @@ class VLM:
         handles.append(self.decoder.register_forward_hook(keep(self.num_layers)))
         if until is not None:
             handles.append(self.layers[until - 1].register_forward_hook(_stop))
-        inputs = {k: v for k, v in batch.items() if k in self._inputs}
+        inputs = model_inputs(self, batch)
         pruned: Any = nullcontext()
         if rows is not None:
             pruned = only_rows(self.layers[-1], rows, tuple(batch["input_ids"].shape))
@@ -324,7 +328,7 @@ class VLM:
     def _tapped(self, taps: Taps, batch: Batch, layers: tuple[int, ...]) -> Forward:
         """A pass inside a compiled graph, by hooks that are there already."""
         taps.start(layers)
-        inputs = {k: v for k, v in batch.items() if k in self._inputs}
+        inputs = model_inputs(self, batch)
         self.model(**inputs, use_cache=False)
         taps.stop()
         chosen = {k: taps.kept[k] for k in layers}

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fastalign.models import VLM, Batch
 from fastalign.nn import ModalityClassifier, ShiftDirection
 from fastalign.objectives._distillation import distillation
 from fastalign.objectives._intervention import intervention
+from fastalign.objectives._negatives import MutualShare
 from fastalign.objectives._terms import Terms, Totals, anchored, label_loss, report, share
 
 
@@ -98,13 +100,19 @@ class DeepAlignState(nn.Module):
         self.classifier = ModalityClassifier(vlm.hidden_size, self.config.classifier_hidden_dims)
         self.classifier.requires_grad_(False)
         self.direction = ShiftDirection(vlm.hidden_size)
-        self.to(vlm.head.weight.device)
+        weight = vlm.head.weight
+        self.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         # Not a submodule: a frozen teacher is no part of the checkpoint.
         self._teacher = [teacher]
 
 
 def deepalign(
-    vlm: VLM, batch: Batch, *, state: DeepAlignState, totals: Totals | None = None
+    vlm: VLM,
+    batch: Batch,
+    *,
+    state: DeepAlignState,
+    totals: Totals | None = None,
+    mutual: MutualShare | None = None,
 ) -> Terms:
     r"""DeepAlign's joint loss (CVPR 2026), for a model with an attached adapter.
 
@@ -118,6 +126,8 @@ def deepalign(
         state: A fitted `DeepAlignState`. Its global direction is that of all pairs before this
             step; in training mode the pairs of the step are taken in.
         totals: See the module.
+        mutual: What `mutual_shares` gave for this micro-batch, in a step of several. Without it the
+            pairs of the micro-batch, over all ranks, are the only negatives.
 
     Returns:
         "loss", its unweighted terms "ce", "global", "instance", "mutual" and "visual" as far as
@@ -126,9 +136,17 @@ def deepalign(
         pairs or images gives 0 for theirs.
 
     Raises:
-        ValueError: The model has no adapter, or teacher features are missing.
+        ValueError: The model has no adapter, or teacher features are missing; or `mutual` comes
+            without `totals`.
     """
     config = state.config
+    if mutual is not None:
+        if totals is None:
+            raise ValueError(
+                "totals must be those of the step with mutual, which is a share of it: got None"
+            )
+        if not torch.compiler.is_compiling():
+            torch.manual_seed(mutual.seed)
     out = vlm.forward(batch, sorted({*state.layers, *state.student_layers}), labels_only=True)
     result, _ = label_loss(vlm, batch, out, None)
     terms = report(result, totals)
@@ -136,7 +154,7 @@ def deepalign(
     shares: Terms = {}
     logs: Terms = {}
     if config.intervenes:
-        shares, logs = intervention(vlm, batch, out, state, totals)
+        shares, logs = intervention(vlm, batch, out, state, totals, mutual)
     if config.weight("visual"):
         shares["visual"] = distillation(vlm, batch, out, state, totals)
     for name, value in shares.items():

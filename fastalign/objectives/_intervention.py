@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,15 +23,18 @@ from fastalign.objectives._terms import Terms, Totals, pair_masks, share, zero_o
 from fastalign.ops._autocast import no_autocast
 
 if TYPE_CHECKING:
-    from fastalign.objectives._deepalign import DeepAlignState
+    from fastalign.objectives._deepalign import DeepAlignConfig, DeepAlignState
+    from fastalign.objectives._negatives import MutualShare
 
 TEXT, VISION = 0, 1
+# Base vision, base text and shifted vision vectors, (b, d) each, and which samples are pairs, (b,).
+Vectors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def pooled(hidden: list[Tensor], mask: Tensor, pool: str) -> Tensor:
     """One vector per sample, averaged over layers (appendix A: cross-layer pooled).
 
-    "last" reads one row a layer and sample, "mean" a float32 copy of each layer.
+    "last" reads one row a layer and sample, "mean" a float32 copy of each layer. (Float64 stays.)
 
     Args:
         hidden: Layers, each (b, L, d).
@@ -39,16 +42,20 @@ def pooled(hidden: list[Tensor], mask: Tensor, pool: str) -> Tensor:
         pool: "last" or "mean".
 
     Returns:
-        (b, d) float32, differentiable; 0 for a sample without such a token.
+        (b, d) float32 (float64 of float64), differentiable; 0 for a sample without such a token.
     """
     if pool == "last":
         rows = last_places(mask)
-        vectors = [h.flatten(0, 1)[rows].float() for h in hidden]
+        vectors = [h.flatten(0, 1)[rows].to(_wide(h.dtype)) for h in hidden]
     else:
-        share = mask.float() / mask.sum(1, keepdim=True).clamp_min(1)
+        share = mask.to(_wide(hidden[0].dtype)) / mask.sum(1, keepdim=True).clamp_min(1)
         with no_autocast(share):
-            vectors = [torch.einsum("bl,bld->bd", share, h.float()) for h in hidden]
+            vectors = [torch.einsum("bl,bld->bd", share, h.to(share.dtype)) for h in hidden]
     return torch.stack(vectors).mean(0).masked_fill(~mask.any(1, keepdim=True), 0.0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def last_places(mask: Tensor) -> Tensor:
@@ -80,6 +87,42 @@ def base_vectors(
     return first, second
 
 
+def has_images(batch: Batch) -> bool:
+    """Whether the vision tower has anything to see."""
+    return any(key.startswith("pixel_values") for key in batch)
+
+
+def pair_vectors(vlm: VLM, batch: Batch, state: DeepAlignState) -> Vectors:
+    """What the mutual term reads of a batch, without gradient; the adapted model as it stands.
+
+    Passes end after the deepest of `state.layers`. A batch without images needs none, unless the
+    model is sharded: its modules then run as on the other ranks.
+    """
+    pair, vision, text = pair_masks(vlm, batch)
+    if not has_images(batch) and not is_sharded(vlm.model):
+        zeros = _zeros(vlm, len(pair))
+        return zeros, zeros, zeros, pair
+    with torch.no_grad():
+        shifted = pooled(vlm.hidden_states(batch, state.layers), vision, state.config.pool)
+    return *base_vectors(vlm, batch, state, (vision, text)), shifted, pair
+
+
+def _zeros(vlm: VLM, rows: int) -> Tensor:
+    weight: Tensor = vlm.head.weight
+    return torch.zeros(rows, vlm.hidden_size, dtype=_wide(weight.dtype), device=weight.device)
+
+
+def mutual_term(
+    h_v: Tensor, h_t: Tensor, shifted: Tensor, pair: Tensor, config: DeepAlignConfig
+) -> Tensor:
+    """L_MI = -(MI(h'_v, h_t) - MI(h_v, h_t)) of the pairs of all ranks, in nats (section 1.4)."""
+    options: dict[str, Any] = {"estimator": config.estimator, "gather": True, "mask": pair}
+    if config.estimator == "infonce":
+        options["temperature"] = config.temperature
+    information = losses.mutual_information
+    return information(h_v, h_t, **options) - information(shifted, h_t, **options)
+
+
 def representations(
     vlm: VLM, batch: Batch, layers: Iterable[int], pool: str
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +144,12 @@ def instance_direction(classifier: ModalityClassifier, h_v: Tensor, h_t: Tensor)
 
 
 def intervention(
-    vlm: VLM, batch: Batch, out: Forward, state: DeepAlignState, totals: Totals | None
+    vlm: VLM,
+    batch: Batch,
+    out: Forward,
+    state: DeepAlignState,
+    totals: Totals | None,
+    mutual: MutualShare | None = None,
 ) -> tuple[Terms, Terms]:
     """The terms of sections 1.2 to 1.4 that push vision along the shift direction.
 
@@ -112,6 +160,7 @@ def intervention(
         state: Its global direction is that of the pairs before this step; the pairs of the batch
             are taken in, in training mode.
         totals: See `fastalign.objectives`.
+        mutual: Of a step of several micro-batches.
 
     Returns:
         The terms that are switched on, by name; and "cos_global" and "cos_instance", the cosine of
@@ -121,17 +170,20 @@ def intervention(
     config = state.config
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
     names = [name for name in ("global", "instance", "mutual") if config.weight(name)]
-    images = any(key.startswith("pixel_values") for key in batch)
+    images = has_images(batch)
     if not images and not ranks:
         zero = torch.zeros((), device=out.hidden.device)
         return dict.fromkeys(names, zero), {"cos_global": zero, "cos_instance": zero}
     pair, vision, text = pair_masks(vlm, batch)
     # Without an image the modules of a sharded model still run, as on the other ranks.
     if images or is_sharded(vlm.model):
-        h_v, h_t = base_vectors(vlm, batch, state, (vision, text))
+        if mutual is None:
+            h_v, h_t = base_vectors(vlm, batch, state, (vision, text))
+        else:
+            h_v, h_t = mutual.h_v, mutual.h_t
         shifted = pooled([out.layers[k] for k in state.layers], vision, config.pool)
     else:  # a rank without pairs takes part in the mean, the exchange and its backward
-        h_v = h_t = out.hidden.new_zeros(len(pair), vlm.hidden_size, dtype=torch.float32)
+        h_v = h_t = _zeros(vlm, len(pair))
         shifted = h_v + zero_of(vlm)
     instance = instance_direction(state.classifier, h_v, h_t)
     directions = {"global": state.direction.value, "instance": instance}
@@ -151,10 +203,9 @@ def intervention(
                 )
             shares[name] = share((each * pair).sum(), "pairs", count, totals)
     if "mutual" in names:
-        options: dict[str, Any] = {"estimator": config.estimator, "gather": ranks, "mask": pair}
-        if config.estimator == "infonce":
-            options["temperature"] = config.temperature
-        information = losses.mutual_information
-        gain = information(shifted, h_t, **options) - information(h_v, h_t, **options)
-        shares["mutual"] = share(-gain * count, "pairs", count, totals)
+        if mutual is None:
+            term = mutual_term(h_v, h_t, shifted, pair, config)
+            shares["mutual"] = share(term * count, "pairs", count, totals)
+        else:
+            shares["mutual"] = mutual.share(shifted, count, totals)
     return shares, logs

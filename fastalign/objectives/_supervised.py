@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastalign import losses
 from fastalign.models import VLM, Batch, Forward
+from fastalign.models._text_packing import sample_numbers
 from fastalign.objectives._terms import Terms, Totals, anchored, label_loss, report, share
 
 NORMALIZE = ("mean", "tokens", "sample", "official")
@@ -70,8 +71,14 @@ def cal(
     """
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {NORMALIZE}: got {normalize!r}")
-    rows, _, _ = vlm.label_rows(batch)
+    rows, cols, _ = vlm.label_rows(batch)
+    samples = sample_numbers(batch, rows, cols)
     if compat == "official":
+        if batch.get("segments") is not None:
+            raise ValueError(
+                'compat="official" pools over rows of one sample each: got rows that hold several; '
+                'use compat="paper", or pack_text=False'
+            )
         out = vlm.forward(batch)
         delta, weights = _official_weights(vlm, batch, out, clamp, window)
     else:
@@ -80,21 +87,20 @@ def cal(
             out = vlm.forward(batch, labels_only=True)
         else:
             out, delta = vlm.forward_with_contrast(batch, mode, **contrast)
-        # One run of labels per sample: rows ascend, so equal neighbours share a sample.
-        starts = torch.searchsorted(
-            rows, torch.arange(len(batch["input_ids"]) + 1, device=rows.device)
-        )
+        # One run of labels per sample: they ascend, so equal neighbours share a sample.
+        most = len(batch["input_ids"]) if batch.get("segments") is None else len(rows)
+        starts = torch.searchsorted(samples, torch.arange(most + 1, device=rows.device))
         weights = losses.contrast_weights(
             delta, starts.to(torch.int32), clamp=clamp, window=window, compat=compat
         )
-    factor = _sample_factors(rows, weights) if normalize == "sample" else weights
+    factor = _sample_factors(samples, weights) if normalize == "sample" else weights
     result, _ = label_loss(vlm, batch, out, factor)
     terms = report(result, totals)
     terms["delta"] = share(delta.sum(), "tokens", len(delta), totals)
     terms["weight"] = share(weights.sum(), "tokens", len(delta), totals)
     tiny = torch.finfo(torch.float32).tiny
     if normalize == "sample":
-        terms["loss"] = share(result.loss, "samples", len(torch.unique(rows)), totals)
+        terms["loss"] = share(result.loss, "samples", len(torch.unique(samples)), totals)
     elif normalize == "official":
         terms["loss"] = result.loss / (weights.sum() + 1e-6)
         if totals is not None:
@@ -116,10 +122,10 @@ def _has_dropout(model: nn.Module) -> bool:
     return any(active) or getattr(text, "attention_dropout", 0.0) > 0
 
 
-def _sample_factors(rows: Tensor, weights: Tensor) -> Tensor:
+def _sample_factors(samples: Tensor, weights: Tensor) -> Tensor:
     """Weights divided by their sum over the labels of their own sample."""
-    _, sample = torch.unique(rows, return_inverse=True)
-    sums = torch.zeros(len(rows), device=weights.device).index_add(0, sample, weights)
+    _, sample = torch.unique(samples, return_inverse=True)
+    sums = torch.zeros_like(weights).index_add(0, sample, weights)
     return weights / sums[sample].clamp_min(torch.finfo(torch.float32).tiny)
 
 

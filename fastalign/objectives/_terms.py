@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastalign import losses
 from fastalign.models import VLM, Batch, Forward
+from fastalign.models._text_packing import labelled_samples
 
 Terms = dict[str, Tensor]
 Totals = Mapping[str, Tensor]
@@ -29,7 +30,7 @@ def counts(vlm: VLM, batch: Batch) -> dict[str, Tensor]:
     labelled = some if labels is None else labels[:, 1:] != -100
     return {
         "tokens": labelled.sum(),
-        "samples": labelled.any(1).sum(),
+        "samples": labelled.sum() if labels is None else labelled_samples(batch),
         "pairs": pair_masks(vlm, batch)[0].sum(),
         "images": torch.tensor(vlm.count_views(batch), device=device),
     }

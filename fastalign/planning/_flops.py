@@ -117,6 +117,8 @@ def count(
     if options.intervenes:
         phases["second pass"] = _second_pass(sizes, options, length)
         phases["intervention"] = _intervention(sizes, options)
+    if options.collects_pairs:
+        phases["pass for negatives"] = _pass_for_negatives(sizes, gradient, options, length)
     if options.distils and teacher is not None:
         phases["teacher"] = 0.0 if options.teacher_cached else sizes.picture.views * teacher.flops
         phases["distillation"] = _distillation(sizes, options, teacher.width)
@@ -245,12 +247,24 @@ def deepest(sizes: Sizes, options: PlanConfig) -> int:
 
 def _second_pass(sizes: Sizes, options: PlanConfig, length: int) -> float:
     """Tower, projector, and the decoder up to the deepest pooled layer, of it two rows a sample."""
-    last, pooled = deepest(sizes, options), options.deepalign.pool == "last"
+    return _pass_until_pooled(sizes, options, length, options.deepalign.pool == "last")
+
+
+def _pass_for_negatives(
+    sizes: Sizes, gradient: Gradient, options: PlanConfig, length: int
+) -> float:
+    """The adapted model up to the deepest pooled layer: `objectives.mutual_shares`."""
+    adapters = _shifts(sizes, gradient, 2.0)
+    return _pass_until_pooled(sizes, options, length, False) + adapters
+
+
+def _pass_until_pooled(sizes: Sizes, options: PlanConfig, length: int, pruned: bool) -> float:
+    last = deepest(sizes, options)
     total = _tower(sizes, range(sizes.tower.layers + 1), options)
     total += 2.0 * sizes.projector * _rows_between(sizes)
     stack = sizes.decoder
     for k in range(1, last + 1):
-        total += _layer(stack, length, 2 if k == last and pooled else length)
+        total += _layer(stack, length, 2 if k == last and pruned else length)
         total += _attention((length,), stack.queries, options, causal=True)
     return total
 
@@ -262,7 +276,8 @@ def _intervention(sizes: Sizes, options: PlanConfig) -> float:
     pairs = [n * m for n, m in zip(widths[:-1], widths[1:], strict=True)]
     total = 2 * 2.0 * (sum(pairs) + sum(pairs[:-1]))
     if options.deepalign.weight("mutual"):
-        total += 3 * 2.0 * width * options.batch_size * options.gpus**2
+        pairs_of_step = options.batch_size * options.accumulation * options.gpus
+        total += 3 * 2.0 * width * pairs_of_step * options.gpus
     return total
 
 

@@ -119,3 +119,9 @@ class PlanConfig:
     def intervenes(self) -> bool:
         """Whether the base model runs a second time."""
         return self.objective == "deepalign" and self.deepalign.intervenes
+
+    @property
+    def collects_pairs(self) -> bool:
+        """Whether a first pass collects the pairs of a step: see `objectives.mutual_shares`."""
+        mutual = self.objective == "deepalign" and self.deepalign.weight("mutual") != 0
+        return mutual and self.accumulation > 1

@@ -212,5 +212,6 @@ def _passes(sizes: Sizes, options: PlanConfig) -> float:
     if options.intervenes:
         # A pass over sharded weights cannot end early.
         early = deepest(sizes, options) / sizes.decoder.layers
-        passes += 1 if options.engine == "fsdp2" else early
+        runs = 1 + options.collects_pairs
+        passes += runs * (1 if options.engine == "fsdp2" else early)
     return passes

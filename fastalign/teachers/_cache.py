@@ -176,6 +176,8 @@ class CachedTeacher:
             self._check("the teacher's features", keys, features)
             features = [features[place] for place in places.values()]
         new = dict(zip(missing, features, strict=True))
+        if not all(map_.isfinite().all() for map_ in new.values()):
+            return new  # for the training to name; the next run would read them again
         return dict(zip(missing, self._store.put(new), strict=True))
 
     def _check(self, name: str, keys: list[bytes], found: Sequence[Tensor] | Tensor) -> None:

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import objectives
+from fastalign._run.guards import usable_pairs
+from fastalign._run.looks import bad_output
+from fastalign._run.stream_order import first_samples
 from fastalign.adapters import NAME, adapter_of, attach, save_adapter
-from fastalign.adapters._peft import prepare_base
+from fastalign.adapters._peft import prepare_base, save_tuners
 from fastalign.adapters._tower import open_tower
 from fastalign.config import TrainConfig
 from fastalign.models import VLM, Batch
+from fastalign.models._side_stream import is_part, is_writer, whole_tensor
+from fastalign.models._text_packing import check_packable, check_packing
 from fastalign.objectives import DeepAlignState
 from fastalign.teachers import CachedTeacher, PatchTeacher, Teacher
 
@@ -34,9 +39,10 @@ def materials(
     if dataset is None:
         from transformers import AutoProcessor
 
-        from fastalign.data import Collator, open_data
+        from fastalign.data import Collator, open_data, open_stream
 
-        dataset = open_data(config.data, config.image_root, on_error=config.on_bad_sample)
+        read: Any = open_stream if config.streaming else open_data
+        dataset = read(config.data, config.image_root, on_error=config.on_bad_sample)
         source = config.model or str(model.name_or_path)
         loader: Any = AutoProcessor
         processor = loader.from_pretrained(source)
@@ -47,6 +53,7 @@ def materials(
             max_length=config.max_length,
             on_overflow=config.on_overflow,
             append_eos=ends,
+            pack_text=config.pack_text,
         )
     return model, dataset, collate
 
@@ -56,22 +63,30 @@ def prepare_model(
     model: nn.Module,
     device: torch.device,
     teacher: Teacher | None,
+    shards: bool = False,
 ) -> tuple[VLM, DeepAlignState | None, list[nn.Parameter], Teacher | None]:
-    """Adapter attached, base frozen or not, the objective's state, and its teacher."""
-    model.to(device)
+    """Adapter attached, base frozen or not, the objective's state, and its teacher.
+
+    A model that is going to be sharded stays where it is: it may not fit on one device.
+    """
+    if not shards:
+        model.to(device)
     if config.needs_adapter and getattr(model, NAME, None) is None:
         attach(model, config.adapter)
     vlm = VLM(model)
+    if config.pack_text:
+        (check_packable if shards else check_packing)(vlm)
     prepare_base(model, config.trainable == "all", config.trains_base)
     if config.train_vision_from is not None:
         open_tower(vlm, config.train_vision_from)
     if config.needs_adapter:
-        # Master weights in float32, whatever the base is kept in.
-        adapter_of(model).float().requires_grad_(True)
+        # Master weights in float32, whatever the base is kept in; in float64 with a base in it.
+        wide = torch.promote_types(vlm.head.weight.dtype, torch.float32)
+        adapter_of(model).to(wide).requires_grad_(True)
     state = None
     if config.objective == "deepalign":
         teacher = _teacher(config, vlm, device, teacher)
-        state = DeepAlignState(vlm, config.deepalign, teacher)
+        state = DeepAlignState(vlm, config.deepalign, teacher).to(device)
     return vlm, state, [p for p in model.parameters() if p.requires_grad], teacher
 
 
@@ -111,10 +126,22 @@ def parameter_groups(parameters: list[nn.Parameter], config: TrainConfig) -> lis
 def classifier_phase(
     config: TrainConfig, vlm: VLM, state: DeepAlignState, dataset: Any, collate: Any
 ) -> objectives.ClassifierReport:
-    """DeepAlign's first phase; warns where the classifier cannot tell the modalities apart."""
+    """DeepAlign's first phase; warns where the classifier cannot tell the modalities apart.
+
+    Every rank fits on the same pairs, and takes the first one's weights: two devices may round.
+    """
     batches = classifier_batches(config, vlm, state, dataset, collate)
     vlm.model.eval()
     report = objectives.fit_classifier(state, vlm, batches)
+    if not all(tensor.isfinite().all() for tensor in state.state_dict().values()):
+        again = classifier_batches(config, vlm, state, dataset, collate)
+        raise FloatingPointError(
+            "the classifier's weights must be finite: got others, from the base model's "
+            f"{bad_output(vlm, again, state.layers) or 'representations'}"
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in state.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
     if report.warning:
         warnings.warn(report.warning, stacklevel=3)
     return report
@@ -124,11 +151,12 @@ def classifier_batches(
     config: TrainConfig, vlm: VLM, state: DeepAlignState, dataset: Any, collate: Any
 ) -> Iterator[Batch]:
     """Every rank takes the same pairs, so that all hold the same classifier."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-    chosen = order[: 2 * state.config.classifier_pairs].tolist()
+    chosen = first_samples(dataset, config, 2 * state.config.classifier_pairs)
     size, device = config.batch_size, next(vlm.model.parameters()).device
     for i in range(0, len(chosen), size):
-        yield to_device(collate([dataset[j] for j in chosen[i : i + size]]), device)
+        batch = to_device(collate([dataset[j] for j in chosen[i : i + size]]), device)
+        if usable_pairs(config, vlm, batch, chosen[i : i + size]):
+            yield batch
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -139,12 +167,25 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def write_result(config: TrainConfig, vlm: VLM, folder: Path) -> Path:
-    """Write the result; the adapter goes back to the dtype of its base."""
+    """Write the result; the adapter goes back to the dtype of its base.
+
+    Of a sharded model every rank must call; the first one writes, and the model stays sharded.
+    """
     if config.needs_adapter:
         save_adapter(vlm.model, folder / "adapter")
-        adapter_of(vlm.model).place(vlm)
+        save_tuners(vlm.model, folder / "lora")
+        if not any(is_part(p) for p in vlm.model.parameters()):
+            adapter_of(vlm.model).place(vlm)
     if not config.trains_base:
         return folder / "adapter"
-    kept = {k: v for k, v in vlm.model.state_dict().items() if not k.startswith(NAME + ".")}
-    vlm.model.save_pretrained(folder / "model", state_dict=kept)
+    own = vlm.model.state_dict(keep_vars=True)
+    kept = {k: v for k, v in own.items() if not k.startswith(NAME + ".")}
+    writes, whole = is_writer(kept), {}
+    for tensor in {id(v): v for v in kept.values()}.values():  # tied weights are one, and stay so
+        gathered = whole_tensor(tensor.detach())
+        if writes:
+            whole[id(tensor)] = gathered.cpu() if is_part(tensor) else gathered
+    if writes:
+        tensors = {name: whole[id(tensor)] for name, tensor in kept.items()}
+        vlm.model.save_pretrained(folder / "model", state_dict=tensors)
     return folder / "model"
