@@ -138,7 +138,7 @@ def _standing_in(parent: nn.Module, call: Any) -> Iterator[None]:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP2 has sharded, gathered from all ranks, which all must call; else itself."""
+    """A tensor that FSDP2 has sharded, gathered: all ranks must call. Any other as it is."""
     maybe: Any = tensor
     whole: Tensor = maybe.full_tensor() if is_part(tensor) else tensor
     return whole
