@@ -217,6 +217,18 @@ def test_methods_of_the_model_view_are_listed():
     assert not methods - LISTED
 
 
+def test_the_reference_shows_every_class_and_function():
+    """It is made of docstrings when the site is built, of the names that its pages hold."""
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs/reference").glob("*.md")]
+    shown = [resolve(name) for name in re.findall(r"^::: (\S+)$", "\n".join(pages), re.MULTILINE)]
+    assert len(shown) == len({id(value) for value in shown})
+    for name in LISTED:
+        value = resolve(name)
+        method = inspect.isclass(resolve(name.rpartition(".")[0]))
+        if (inspect.isclass(value) or inspect.isfunction(value)) and not method:
+            assert any(value is other for other in shown), name
+
+
 # -- the files themselves ------------------------------------------------------------------------
 
 LOCAL = re.compile(r"(?<![\w.~:/-])(?:/(?:home|Users|root|work|mnt)/\w|[A-Z]:\\Users\\)")
@@ -259,5 +271,6 @@ def test_pages_link_to_pages_that_exist():
 
 
 def test_every_page_is_in_the_navigation():
-    listed = re.findall(r"^ +- .+: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    listed = re.findall(r"^ +- .+: ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(pages)
