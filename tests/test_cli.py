@@ -294,7 +294,7 @@ def test_mir_cuts_long_texts_and_never_images(folder, tmp_path, capsys):
 
 
 def test_mir_resamples_as_memory_allows(folder, tmp_path, monkeypatch, capsys):
-    from fastalign.diagnostics import _mir
+    from fastalign.models import _mir
 
     where = ["--model", folder / "tiny", "--images", folder / "images", "--texts", folder / "texts"]
     argv = [str(a) for a in ["mir", *where, "--json", tmp_path / "r.json", "--device", "cpu"]]

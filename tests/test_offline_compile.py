@@ -203,7 +203,8 @@ def rows(tmp_path_factory):
 
 
 def test_kernels_compile_within_their_budgets(tmp_path):
-    arguments = "-m benchmarks.offline --arch 90 --dtype bfloat16 --dim 4096"
+    # The narrowest: `.ci/run` compiles all of them, which takes as long as a tenth of these tests.
+    arguments = "-m benchmarks.offline --arch 90 --dtype bfloat16 --dim 1"
     done = run(tmp_path, *arguments.split())
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith(" s, 0 failed")
