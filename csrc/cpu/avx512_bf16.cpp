@@ -118,6 +118,46 @@ void split(const float* x, const float* factor, int64_t count, uint16_t* high, u
   }
 }
 
+double residual(float* s, const float* t, int64_t rows, int64_t columns, const Sides& sides, bool diagonal,
+                bool cosine, bool clip, bool clip_teacher) {
+  const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
+  double total = 0.0;
+  for (int64_t i = 0; i < rows; i++) {
+    const __m512 h = _mm512_set1_ps(sides.h_rows[i]), g = _mm512_set1_ps(sides.g_rows[i]);
+    __m512 sum = zero;
+    for (int64_t j = 0; j < columns; j += 16) {
+      __mmask16 some = columns - j < 16 ? static_cast<__mmask16>((1u << (columns - j)) - 1) : 0xffff;
+      __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, s + i * kBlock + j),
+                               _mm512_mul_ps(h, _mm512_maskz_loadu_ps(some, sides.h_columns + j)));
+      __m512 b = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, t + i * kBlock + j),
+                               _mm512_mul_ps(g, _mm512_maskz_loadu_ps(some, sides.g_columns + j)));
+      __mmask16 above = some, on = 0;
+      if (diagonal) {
+        on = i >= j && i < j + 16 ? static_cast<__mmask16>(1u << (i - j)) & some : 0;
+        above = i < j ? some : i >= j + 15 ? 0 : some & static_cast<__mmask16>(0xffffu << (i - j + 1));
+      }
+      if (cosine && on) {  // of a row with itself: exactly 1, or 0; NaN is not above 0
+        a = _mm512_mask_mov_ps(a, _mm512_mask_cmp_ps_mask(on, a, zero, _CMP_GT_OQ), one);
+        b = _mm512_mask_mov_ps(b, _mm512_mask_cmp_ps_mask(on, b, zero, _CMP_GT_OQ), one);
+      }
+      __mmask16 dropped = clip ? _mm512_cmp_ps_mask(a, zero, _CMP_LT_OQ) : 0;
+      a = _mm512_mask_mov_ps(a, dropped, zero);
+      if (clip_teacher) b = _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(b, zero, _CMP_LT_OQ), zero);
+      __m512 difference = _mm512_sub_ps(a, b);
+      sum = _mm512_mask3_fmadd_ps(difference, difference, sum, on);
+      sum = _mm512_mask3_fmadd_ps(_mm512_add_ps(difference, difference), difference, sum, above);
+      _mm512_mask_storeu_ps(s + i * kBlock + j, some, _mm512_mask_mov_ps(difference, dropped, zero));
+    }
+    total += static_cast<double>(_mm512_reduce_add_ps(sum));
+  }
+  return total;
+}
+
+void transpose(const float* x, int64_t rows, int64_t columns, float* out) {
+  // Numbers of 32 bits are pairs of 16.
+  pack_rows(reinterpret_cast<const uint16_t*>(x), 2 * kBlock, rows, 2 * columns, reinterpret_cast<uint32_t*>(out));
+}
+
 void product_of_one(const uint32_t* a, int64_t stride, int64_t rows, const uint32_t* packed, int64_t pairs, float* c) {
   product<false>(a, nullptr, stride, rows, packed, pairs, c);
 }
@@ -126,7 +166,8 @@ void product_of_one(const uint32_t* a, int64_t stride, int64_t rows, const uint3
 
 const GramKernels avx512_bf16_gram = {
     avx512_bf16::pack_rows,  avx512_bf16::pack_columns, avx512_bf16::product_of_one,
-    avx512_bf16::product<true>, avx512_bf16::split,
+    avx512_bf16::product<true>, avx512_bf16::split,     avx512_bf16::residual,
+    avx512_bf16::transpose,
 };
 
 }  // namespace fastalign

@@ -10,6 +10,11 @@ namespace fastalign {
 
 constexpr int64_t kBlock = 64;
 
+// 1 / |x| of the rows and columns of a tile, of student and teacher.
+struct Sides {
+  const float *h_rows, *h_columns, *g_rows, *g_columns;
+};
+
 struct GramKernels {
   // Rows of x (rows <= 64, width even) as columns of the right factor: out (width / 2, 64) pairs.
   void (*pack_rows)(const uint16_t* x, int64_t stride, int64_t rows, int64_t width, uint32_t* out);
@@ -28,6 +33,14 @@ struct GramKernels {
 
   // x (count) times factor (count) as the sum of two bfloat16, each `count` rounded up to even.
   void (*split)(const float* x, const float* factor, int64_t count, uint16_t* high, uint16_t* low);
+
+  // R of a tile (rows, 64) in place of the student's products s; t are the teacher's. Returns its
+  // sum of squares, each entry above the diagonal twice and below it not at all.
+  double (*residual)(float* s, const float* t, int64_t rows, int64_t columns, const Sides& sides, bool diagonal,
+                     bool cosine, bool clip, bool clip_teacher);
+
+  // x (rows, 64) of which `columns` count to (columns, 64).
+  void (*transpose)(const float* x, int64_t rows, int64_t columns, float* out);
 };
 
 #if defined(__x86_64__)

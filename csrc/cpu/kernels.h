@@ -46,9 +46,8 @@ struct Kernels {
   // |x|^2 of a row of bfloat16.
   double (*squares)(const uint16_t* x, int64_t d);
 
-  // dh = scale (p - <p, h^> h^) / |h| of a row of bfloat16, h^ = h / |h|, or scale p without `cosine`.
-  void (*take_radial)(const float* p, const uint16_t* h, uint16_t* dh, float inverse, float scale, bool cosine,
-                      int64_t d);
+  // dh = factor (p - <p, h^> h^) of a row of bfloat16, h^ = inverse h; all of p where inverse is 0.
+  void (*take_radial)(const float* p, const uint16_t* h, uint16_t* dh, float inverse, float factor, int64_t d);
 };
 
 extern const Kernels plain_kernels;

@@ -106,8 +106,8 @@ void calibrate_bwd(const X* dy, const X* x, const S* scale, X* dx, float* dscale
   }
 }
 
-template <class T>
-float dot(const T* a, const T* b, int64_t d) {
+template <class A, class B>
+float dot(const A* a, const B* b, int64_t d) {
   Floats parts[4] = {};
   for (int64_t i = 0, k = 0; i < d; i += kLanes, k = (k + 1) % 4)
     parts[k] += load(a + i, d - i) * load(b + i, d - i);
@@ -145,12 +145,9 @@ inline double squares(const Brain* x, int64_t d) {
   return total;
 }
 
-inline void take_radial(const float* p, const Brain* h, Brain* dh, float inverse, float scale, bool cosine, int64_t d) {
-  Floats parts[4] = {};
-  for (int64_t i = 0, k = 0; cosine && i < d; i += kLanes, k = (k + 1) % 4)
-    parts[k] += load(p + i, d - i) * load(h + i, d - i);
-  float t = sum((parts[0] + parts[1]) + (parts[2] + parts[3])) * inverse * inverse;
-  Floats by = every(cosine ? scale * inverse : scale), radial = every(t);
+inline void take_radial(const float* p, const Brain* h, Brain* dh, float inverse, float factor, int64_t d) {
+  float t = inverse == 0.0f ? 0.0f : dot(p, h, d) * inverse * inverse;
+  Floats by = every(factor), radial = every(t);
   for (int64_t i = 0; i < d; i += kLanes)
     store(dh + i, by * (load(p + i, d - i) - radial * load(h + i, d - i)), d - i);
 }
@@ -212,8 +209,8 @@ constexpr Kernels table = {
       typed(type, [&](auto* t) { narrow(x, as(t, y), d); });
     },
     [](const uint16_t* x, int64_t d) { return squares(reinterpret_cast<const Brain*>(x), d); },
-    [](const float* p, const uint16_t* h, uint16_t* dh, float inverse, float scale, bool cosine, int64_t d) {
-      take_radial(p, reinterpret_cast<const Brain*>(h), reinterpret_cast<Brain*>(dh), inverse, scale, cosine, d);
+    [](const float* p, const uint16_t* h, uint16_t* dh, float inverse, float factor, int64_t d) {
+      take_radial(p, reinterpret_cast<const Brain*>(h), reinterpret_cast<Brain*>(dh), inverse, factor, d);
     },
 };
 

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -30,7 +31,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 enum Keep : int64_t { kNothing, kMatrix };
-enum class Negatives { keep, clip, clip_teacher };
 
 constexpr int64_t kPackedBytes = 32 << 20;  // of images that are packed at a time
 
@@ -48,56 +48,100 @@ void parallel(int64_t count, const Body& body) {
     });
 }
 
-// Rows of an even width: with an odd one a copy that ends in 0.
-struct Even {
-  Even(const Tensor& x) : rows(x.size(0)), width(x.size(1) + (x.size(1) & 1)) {
-    const uint16_t* given = static_cast<const uint16_t*>(x.data_ptr());
-    data = given;
-    if (width == x.size(1)) return;
+// Rows as the products read them, of an even width, and 1 / |x| of each. A copy where the width is
+// odd, or where the norm of a row is beyond what float32 squares and the instruction, which takes
+// subnormal numbers for 0: that row times a power of two. Without `cosine` the rows as they are.
+class Factor {
+ public:
+  Factor(const Tensor& x, bool cosine) : rows(x.size(0)), given_width(x.size(1)), width(given_width + (given_width & 1)) {
+    given = data = static_cast<const uint16_t*>(x.data_ptr());
+    inverse = buffer<float>(rows);
+    if (given_width != width) make_copy();
+    std::fill(inverse.get(), inverse.get() + rows, 1.0f);
+    if (!cosine) return;
+    parallel(blocks_of(rows), [&](int64_t block) {
+      for (int64_t i = block * kBlock; i < std::min(rows, (block + 1) * kBlock); i++) inverse[i] = inverse_norm(i);
+    });
+    for (int64_t i = 0; i < rows; i++)
+      if (!(inverse[i] > 1e-15f && inverse[i] < 1e15f)) scale(i);
+  }
+  const uint16_t* row(int64_t i) const { return data + i * width; }
+  const uint32_t* pairs(int64_t i) const { return reinterpret_cast<const uint32_t*>(row(i)); }
+  // 1 / |x| of the row that was given.
+  double given_inverse(int64_t i) const { return power.empty() ? inverse[i] : std::ldexp(inverse[i], power[i]); }
+
+  int64_t rows, given_width, width;
+  std::unique_ptr<float[]> inverse;  // of the rows of `data`
+
+ private:
+  float inverse_norm(int64_t i) const {
+    double sum = kernels().squares(row(i), width);
+    return sum == 0.0 ? 0.0f : static_cast<float>(1.0 / std::sqrt(sum));
+  }
+
+  void make_copy() {
     copy = buffer<uint16_t>(rows * width);
     for (int64_t i = 0; i < rows; i++) {
-      std::copy(given + i * (width - 1), given + (i + 1) * (width - 1), copy.get() + i * width);
-      copy[i * width + width - 1] = 0;
+      std::copy(given + i * given_width, given + (i + 1) * given_width, copy.get() + i * width);
+      if (width != given_width) copy[i * width + given_width] = 0;
     }
     data = copy.get();
   }
-  const uint32_t* pairs(int64_t row) const { return reinterpret_cast<const uint32_t*>(data + row * width); }
-  int64_t rows, width;
-  const uint16_t* data;
-  std::unique_ptr<uint16_t[]> copy;
-};
 
-// 1 / |x| of all rows, 0 of a zero row; all 1 without `cosine`.
-std::unique_ptr<float[]> inverse_norms(const Even& x, bool cosine) {
-  auto inverse = buffer<float>(x.rows);
-  parallel(blocks_of(x.rows), [&](int64_t block) {
-    for (int64_t i = block * kBlock; i < std::min(x.rows, (block + 1) * kBlock); i++) {
-      if (!cosine) {
-        inverse[i] = 1.0f;
-        continue;
-      }
-      double sum = kernels().squares(x.data + i * x.width, x.width);
-      inverse[i] = sum == 0.0 ? 0.0f : static_cast<float>(1.0 / std::sqrt(sum));
+  void scale(int64_t i) {
+    uint16_t largest = 0;  // in their order the bits of magnitudes are those of integers
+    for (int64_t k = 0; k < width; k++) largest = std::max<uint16_t>(largest, row(i)[k] & 0x7fff);
+    if (largest == 0) return;
+    if (largest >= 0x7f80) {  // infinity or NaN
+      inverse[i] = std::nanf("");
+      return;
     }
-  });
-  return inverse;
-}
+    if (!copy) make_copy();
+    if (power.empty()) power.resize(rows);
+    uint16_t* x = copy.get() + i * width;
+    power[i] = -std::ilogb(number(largest));
+    for (int64_t k = 0; k < width; k++) x[k] = top_half(std::ldexp(number(x[k]), power[i]));
+    inverse[i] = inverse_norm(i);
+  }
+
+  static float number(uint16_t bits) {
+    uint32_t whole = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &whole, sizeof(x));
+    return x;
+  }
+
+  static uint16_t top_half(float x) {
+    uint32_t whole;
+    std::memcpy(&whole, &x, sizeof(x));
+    return whole >> 16;
+  }
+
+  const uint16_t *given, *data;
+  std::unique_ptr<uint16_t[]> copy;
+  std::vector<int> power;  // of the factor that a row of the copy has
+};
 
 struct Image {
   int64_t number, first, rows;
 };
 
-std::vector<Image> images_of(const std::optional<Tensor>& cu_seqlens, int64_t images, int64_t longest) {
+std::vector<Image> images_of(const std::optional<Tensor>& cu_seqlens, int64_t images, int64_t longest, int64_t rows) {
+  auto offset = [&](int64_t at) -> int64_t {
+    if (!cu_seqlens.has_value()) return at * longest;
+    if (cu_seqlens->scalar_type() == ScalarType::Int) return static_cast<const int32_t*>(cu_seqlens->data_ptr())[at];
+    return static_cast<const int64_t*>(cu_seqlens->data_ptr())[at];
+  };
+  if (cu_seqlens.has_value())
+    STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int || cu_seqlens->scalar_type() == ScalarType::Long,
+                    "cu_seqlens must be int32 or int64");
+  STD_TORCH_CHECK(!cu_seqlens.has_value() || cu_seqlens->numel() == images + 1, "cu_seqlens must hold b + 1 offsets");
+  STD_TORCH_CHECK(offset(0) == 0 && offset(images) == rows, "cu_seqlens must rise from 0 to ", rows, ", the number of rows");
   std::vector<Image> found;
   for (int64_t i = 0; i < images; i++) {
-    int64_t first = i * longest, last = first + longest;
-    if (cu_seqlens.has_value()) {
-      auto offset = [&](int64_t at) -> int64_t {
-        if (cu_seqlens->scalar_type() == ScalarType::Int) return static_cast<const int32_t*>(cu_seqlens->data_ptr())[at];
-        return static_cast<const int64_t*>(cu_seqlens->data_ptr())[at];
-      };
-      first = offset(i), last = offset(i + 1);
-    }
+    int64_t first = offset(i), last = offset(i + 1);
+    STD_TORCH_CHECK(first <= last, "cu_seqlens must rise from 0 to ", rows, ", the number of rows");
+    STD_TORCH_CHECK(last - first <= longest, "max_seqlen must be at least ", last - first, ": got ", longest);
     if (last > first) found.push_back({i, first, last - first});
   }
   return found;
@@ -119,48 +163,6 @@ struct Tile {
   int64_t image, row, column;  // of the first entry, within the image
 };
 
-struct Rules {
-  Negatives negatives;
-  bool cosine;
-};
-
-// The tile's R in `r`, its sum of squares returned; each off-diagonal entry stands for two.
-double residual(float* r, const float* s, const float* t, const Image& image, const Tile& tile, int64_t rows,
-                int64_t columns, const float* rh, const float* rg, const Rules& rules) {
-  double total = 0.0;
-  for (int64_t i = 0; i < rows; i++) {
-    const int64_t row = image.first + tile.row + i;
-    const float* by_h = rh + image.first + tile.column;
-    const float* by_g = rg + image.first + tile.column;
-    float* out = r + i * kBlock;
-    for (int64_t j = 0; j < columns; j++) {
-      float a = s[i * kBlock + j] * (rh[row] * by_h[j]), b = t[i * kBlock + j] * (rg[row] * by_g[j]);
-      out[j] = a, r[kBlock * kBlock + i * kBlock + j] = b;
-    }
-    if (rules.cosine && tile.row == tile.column && i < columns) {  // of a row with itself: exactly 1, or 0
-      if (out[i] == out[i] && rh[row] > 0.0f) out[i] = 1.0f;
-      float& b = r[kBlock * kBlock + i * kBlock + i];
-      if (b == b && rg[row] > 0.0f) b = 1.0f;
-    }
-    const float* teacher = r + kBlock * kBlock + i * kBlock;
-    float sum = 0.0f;
-    const int64_t diagonal = tile.row == tile.column ? i : -1;
-    for (int64_t j = 0; j < columns; j++) {
-      float a = out[j], b = teacher[j];
-      bool dropped = rules.negatives == Negatives::clip && a < 0.0f;
-      if (dropped) a = 0.0f;
-      if (rules.negatives != Negatives::keep && b < 0.0f) b = 0.0f;
-      float difference = a - b;
-      out[j] = dropped ? 0.0f : difference;
-      float square = difference * difference;
-      if (j > diagonal) sum += square + square;
-      else if (j == diagonal) sum += square;
-    }
-    total += sum;
-  }
-  return total;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> structure_distill_fwd(
     Tensor student, Tensor teacher, std::optional<Tensor> cu_seqlens, int64_t images, int64_t longest, bool cosine,
     std::string negatives, int64_t keep) {
@@ -177,10 +179,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> structure_distill_fwd(
   Tensor residuals = torch::stable::new_empty(student, {keep == kMatrix ? rows : 0, keep == kMatrix ? longest : 0}, ScalarType::Float);
   Tensor nothing = torch::stable::new_empty(student, {0}, ScalarType::Float);
   float* kept = keep == kMatrix ? static_cast<float*>(residuals.data_ptr()) : nullptr;
-  Rules rules{negatives == "clip" ? Negatives::clip : negatives == "clip_teacher" ? Negatives::clip_teacher : Negatives::keep, cosine};
-  Even h(student), g(teacher);
-  auto rh = inverse_norms(h, cosine), rg = inverse_norms(g, cosine);
-  by_groups(images_of(cu_seqlens, images, longest), 2 * (h.width + g.width), [&](const std::vector<Image>& group) {
+  const bool clip = negatives == "clip", clip_teacher = clip || negatives == "clip_teacher";
+  Factor h(student, cosine), g(teacher, cosine);
+  by_groups(images_of(cu_seqlens, images, longest, rows), 2 * (h.width + g.width), [&](const std::vector<Image>& group) {
     struct Block { int64_t image, row, at; };
     std::vector<Block> blocks;
     std::vector<Tile> tiles;
@@ -200,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> structure_distill_fwd(
       const Image& image = group[blocks[b].image];
       int64_t row = image.first + blocks[b].row, count = std::min(kBlock, image.rows - blocks[b].row);
       uint32_t* to = packed.get() + b * (h_size + g_size);
-      gram->pack_rows(h.data + row * h.width, h.width, count, h.width, to);
-      gram->pack_rows(g.data + row * g.width, g.width, count, g.width, to + h_size);
+      gram->pack_rows(h.row(row), h.width, count, h.width, to);
+      gram->pack_rows(g.row(row), g.width, count, g.width, to + h_size);
     });
     auto sums = buffer<double>(tiles.size());
     parallel(tiles.size(), [&](int64_t at) {
@@ -209,18 +210,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> structure_distill_fwd(
       const Image& image = group[tile.image];
       int64_t count = std::min(kBlock, image.rows - tile.row), columns = std::min(kBlock, image.rows - tile.column);
       const uint32_t* right = packed.get() + (first_block[tile.image] + tile.column / kBlock) * (h_size + g_size);
-      alignas(64) float s[kBlock * kBlock], t[kBlock * kBlock], r[2 * kBlock * kBlock];
-      gram->product(h.pairs(image.first + tile.row), h.width / 2, count, right, h.width / 2, s);
-      gram->product(g.pairs(image.first + tile.row), g.width / 2, count, right + h_size, g.width / 2, t);
-      sums[at] = residual(r, s, t, image, tile, count, columns, rh.get(), rg.get(), rules);
+      alignas(64) float s[kBlock * kBlock], t[kBlock * kBlock];
+      int64_t row = image.first + tile.row, column = image.first + tile.column;
+      gram->product(h.pairs(row), h.width / 2, count, right, h.width / 2, s);
+      gram->product(g.pairs(row), g.width / 2, count, right + h_size, g.width / 2, t);
+      Sides sides{&h.inverse[row], &h.inverse[column], &g.inverse[row], &g.inverse[column]};
+      sums[at] = gram->residual(s, t, count, columns, sides, tile.row == tile.column, cosine, clip, clip_teacher);
       if (kept == nullptr) return;
       for (int64_t i = 0; i < count; i++)
-        std::copy(r + i * kBlock, r + i * kBlock + columns, kept + (image.first + tile.row + i) * longest + tile.column);
-      if (tile.row != tile.column)
-        for (int64_t j = 0; j < columns; j++) {
-          float* to = kept + (image.first + tile.column + j) * longest + tile.row;
-          for (int64_t i = 0; i < count; i++) to[i] = r[i * kBlock + j];
-        }
+        std::copy(s + i * kBlock, s + i * kBlock + columns, kept + (row + i) * longest + tile.column);
+      if (tile.row == tile.column) return;
+      gram->transpose(s, count, columns, t);
+      for (int64_t j = 0; j < columns; j++)
+        std::copy(t + j * kBlock, t + j * kBlock + count, kept + (column + j) * longest + tile.row);
     });
     for (size_t i = 0; i < group.size(); i++) {
       double total = 0.0, n = static_cast<double>(group[i].rows);
@@ -240,13 +242,11 @@ Tensor structure_distill_bwd(Tensor dlosses, Tensor student, Tensor residuals, T
   if (cu_seqlens.has_value()) cu_seqlens = contiguous(*cu_seqlens);
   Tensor dh = torch::stable::empty_like(student);
   const int64_t d = student.size(1), columns = blocks_of(d), width = columns * kBlock;
-  const uint16_t* h = static_cast<const uint16_t*>(student.data_ptr());
   uint16_t* out = static_cast<uint16_t*>(dh.data_ptr());
   const float *kept = static_cast<const float*>(residuals.data_ptr()), *up = static_cast<const float*>(dlosses.data_ptr());
   const float* factors = static_cast<const float*>(factor.data_ptr());
-  Even even(student);
-  auto rh = inverse_norms(even, cosine);
-  auto images = images_of(cu_seqlens, dlosses.size(0), longest);
+  Factor h(student, cosine);
+  auto images = images_of(cu_seqlens, dlosses.size(0), longest, h.rows);
   by_groups(images, 2 * width, [&](const std::vector<Image>& group) {
     struct Task { int64_t image, at; };
     std::vector<Task> packs, rows;
@@ -262,7 +262,7 @@ Tensor structure_distill_bwd(Tensor dlosses, Tensor student, Tensor residuals, T
     parallel(packs.size(), [&](int64_t p) {
       const Image& image = group[packs[p].image];
       int64_t column = packs[p].at * kBlock;
-      gram->pack_columns(h + image.first * d + column, d, image.rows, std::min(kBlock, d - column),
+      gram->pack_columns(h.row(image.first) + column, h.width, image.rows, std::min(kBlock, d - column),
                          packed.get() + first[packs[p].image] + packs[p].at * kBlock * ((image.rows + 1) / 2));
     });
     parallel(rows.size(), [&](int64_t task) {
@@ -270,7 +270,7 @@ Tensor structure_distill_bwd(Tensor dlosses, Tensor student, Tensor residuals, T
       int64_t row = rows[task].at, count = std::min(kBlock, image.rows - row), pairs = (image.rows + 1) / 2;
       auto high = buffer<uint32_t>(count * pairs), low = buffer<uint32_t>(count * pairs);
       for (int64_t i = 0; i < count; i++)
-        gram->split(kept + (image.first + row + i) * longest, rh.get() + image.first, image.rows,
+        gram->split(kept + (image.first + row + i) * longest, &h.inverse[image.first], image.rows,
                     reinterpret_cast<uint16_t*>(high.get() + i * pairs), reinterpret_cast<uint16_t*>(low.get() + i * pairs));
       auto product = buffer<float>(count * width);
       for (int64_t c = 0; c < columns; c++) {
@@ -282,7 +282,8 @@ Tensor structure_distill_bwd(Tensor dlosses, Tensor student, Tensor residuals, T
       float scale = up[image.number] * factors[image.number];
       for (int64_t i = 0; i < count; i++) {
         int64_t at = image.first + row + i;
-        kernels().take_radial(product.get() + i * width, h + at * d, out + at * d, rh[at], scale, cosine, d);
+        kernels().take_radial(product.get() + i * width, h.row(at), out + at * d, cosine ? h.inverse[at] : 0.0f,
+                              static_cast<float>(scale * h.given_inverse(at)), d);
       }
     });
   });
