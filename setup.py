@@ -14,6 +14,7 @@ from setuptools import find_packages, setup
 
 UNITS = ("avx2", "avx512", "avx512_bf16", "kernels", "ops", "plain", "structure_distill")
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-ffp-contract=off"]  # what cancels exactly cancels in every instruction set
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # of lanes wider than registers, and of GCC 12
 FLAGS += ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # 2.10 and later
 

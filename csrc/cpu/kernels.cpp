@@ -23,8 +23,8 @@ bool runs(const Kernels* kernels) {
   if (kernels == &avx512_kernels)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("fma");
-  if (kernels == &avx2_kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (kernels == &avx2_kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
   return true;
 }
@@ -54,6 +54,7 @@ const GramKernels* gram_kernels() {
 }
 
 void use(const char* name) {
+  if (!*name) return void(in_use() = best());
   for (const Kernels* kernels : kAll)
     if (std::string(kernels->name) == name) {
       STD_TORCH_CHECK(runs(kernels), "this processor has no ", name);

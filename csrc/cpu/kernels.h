@@ -59,8 +59,8 @@ extern const Kernels avx512_kernels;
 // The best that this machine has.
 const Kernels& kernels();
 
-// Name of the one in use; with a name that is not empty, another for the tests. Throws for one that
-// this machine has not.
+// Another than the best, by name, for the tests; "" is the best again. Throws for one that this
+// machine has not.
 void use(const char* name);
 
 }  // namespace fastalign
