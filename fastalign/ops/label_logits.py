@@ -91,9 +91,9 @@ def label_logits(
 
     Returns:
         (t,) float32 (float64 for float64 inputs), 0 for ignored labels. Differentiable in `hidden`,
-        `weight` and `bias`, by a kernel (CUDA, and the CPU's compiled ones) once. The gradient of `weight` is dense, (v, d): writing it
-        costs most. Equal labels add up in float32, in the order of the tokens, after a stable sort
-        of the labels: the same result every time.
+        `weight` and `bias`, by a kernel (CUDA, and the CPU's compiled ones) once. The gradient of
+        `weight` is dense, (v, d): writing it costs most. Equal labels add up in float32, in the
+        order of the tokens, after a stable sort of the labels: the same result every time.
 
     Raises:
         TypeError: An argument is no tensor of the right kind.

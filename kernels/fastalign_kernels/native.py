@@ -77,8 +77,8 @@ def takes_structure(student: Tensor, teacher: Tensor, longest: int) -> bool:
     return (
         takes(student, teacher)
         and student.dtype == teacher.dtype == torch.bfloat16
-        and longest <= student.shape[1]
-        and _MULTIPLIES_BFLOAT16
+        and longest <= student.shape[-1]
+        and MULTIPLIES_BFLOAT16
     )
 
 
@@ -90,4 +90,5 @@ def instructions() -> str | None:
     return name
 
 
-_MULTIPLIES_BFLOAT16 = OBSTACLE is None and torch.ops.fastalign.native_has_structure_distill()
+MULTIPLIES_BFLOAT16 = OBSTACLE is None and torch.ops.fastalign.native_has_structure_distill()
+"""Whether structure_distill has a compiled kernel on this processor."""
