@@ -90,7 +90,9 @@ def _raw_hadamard(kernels: Any, h: Tensor, w: Tensor) -> Calls:
     return [(kernels.hadamard_reweight_fwd, (h, w)), *backward]
 
 
-def _raw_label(kernels: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Calls:
+def _raw_label(
+    kernels: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
+) -> Calls:
     dy = torch.ones_like(labels, dtype=torch.float32)
     return [
         (kernels.label_logits_fwd, (hidden, weight, labels, bias)),
@@ -163,7 +165,9 @@ def _fused_structure(student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None
     return compute(StructureDistill, student, teacher, cu_seqlens)
 
 
-def _raw_structure(kernels: Any, student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None) -> Calls:
+def _raw_structure(
+    kernels: Any, student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None
+) -> Calls:
     images = student.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     longest = student.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
     h, g = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
