@@ -6,6 +6,10 @@
 // the one that the linker keeps for all.
 #pragma once
 
+#if defined(__clang__) || !defined(__GNUC__)
+#error "the compiled kernels need GCC: set CXX to it, or install with build isolation, without them"
+#endif
+
 #include <cstdint>
 
 namespace fastalign {

@@ -18,6 +18,13 @@ from fastalign_kernels._op import DTYPES, one_by_one
 _LIBRARY = torch.library.Library("fastalign", "FRAGMENT")
 
 
+OPERATORS = (
+    *("calibrate_fwd", "calibrate_bwd", "hadamard_reweight_fwd", "hadamard_reweight_bwd"),
+    *("label_logits_fwd", "label_logits_bwd_hidden", "label_logits_bwd_weight"),
+    *("structure_distill_fwd", "structure_distill_bwd"),
+)
+
+
 def _load() -> str | None:
     """Load the extension; why not, where that fails."""
     path = Path(__file__).with_name("_C.abi3.so")
@@ -27,11 +34,25 @@ def _load() -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"built, but not loaded: {error}"
+    if any("native" not in _overloads(name) for name in OPERATORS):
+        return "built from other sources: build again"
     return None
+
+
+def _overloads(name: str) -> list[str]:
+    try:
+        found: list[str] = getattr(torch.ops.fastalign, name).overloads()
+    except AttributeError:
+        return []
+    return found
 
 
 OBSTACLE = _load()
 """Why the compiled kernels are not in use; None where they are."""
+
+
+OPS = ("calibrate", "hadamard_reweight", "label_logits", "structure_distill")
+"""Those that have compiled kernels."""
 
 
 def _operator(name: str) -> Callable[..., Any]:
