@@ -213,6 +213,12 @@ def test_absent_kernels_say_why(tmp_path, broken):
     assert refusal == f"the compiled kernels are not in use: {why}"
 
 
+@compiled()
+def test_a_library_of_other_sources_says_so(monkeypatch):
+    monkeypatch.setattr(native, "OPERATORS", (*native.OPERATORS, "of_tomorrow"))
+    assert native._load() == "built from other sources: build again"
+
+
 # -- the binary ------------------------------------------------------------------------------------
 
 

@@ -342,6 +342,19 @@ def test_rows_of_any_norm(function, scale, width):
 
 
 @compiled_path
+def test_rows_may_start_anywhere(function):
+    """Numbers of 16 bits are read in pairs."""
+    student, teacher = patches(1, 70, 96).bfloat16(), patches(1, 70, 40, seed=1).bfloat16()
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (student, teacher)]
+    assert all(x.data_ptr() % 4 == 2 and x.is_contiguous() for x in shifted)
+    found, expected = (
+        value_and_grad(lambda h, g: compute(function, h, g), *rows)
+        for rows in (shifted, (student, teacher))
+    )
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@compiled_path
 def test_dot_products_are_those_of_float32(function):
     student, teacher = patches(2, 70, 96), patches(2, 70, 40, seed=1)
     for h, g in ((1e-12, 1e-12), (1e7, 1e7), (1e-3, 1e5)):

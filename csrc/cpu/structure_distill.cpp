@@ -50,13 +50,13 @@ void parallel(int64_t count, const Body& body) {
 
 // Rows as the products read them, of an even width, and 1 / |x| of each. A copy where the width is
 // odd, or where the norm of a row is beyond what float32 squares and the instruction, which takes
-// subnormal numbers for 0: that row times a power of two. Without `cosine` the rows as they are.
+// subnormal numbers for 0: that row times a power of two; or where pairs would not be aligned. Without `cosine` the rows as they are.
 class Factor {
  public:
   Factor(const Tensor& x, bool cosine) : rows(x.size(0)), given_width(x.size(1)), width(given_width + (given_width & 1)) {
     given = data = static_cast<const uint16_t*>(x.data_ptr());
     inverse = buffer<float>(rows);
-    if (given_width != width) make_copy();
+    if (given_width != width || reinterpret_cast<uintptr_t>(given) % sizeof(uint32_t)) make_copy();
     std::fill(inverse.get(), inverse.get() + rows, 1.0f);
     if (!cosine) return;
     parallel(blocks_of(rows), [&](int64_t block) {
