@@ -53,7 +53,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-# The path without the compiled kernels, beside them; the commands run on the GPU where there is one.
+# The path without the compiled kernels, beside them; the commands run on a GPU where there is one.
 PORTABLE_ON_CPU = ["portable"] if native.OBSTACLE is None else []
 PORTABLE = [] if torch.cuda.is_available() else PORTABLE_ON_CPU
 
