@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastalign_kernels import native
 from torch import Tensor
 
 from fastalign.testing import Case, cases, cotangent_like, relative_error
@@ -72,6 +73,8 @@ class Benchmark:
         peers: Other packages' functions, by name.
         differentiate: Positions of the inputs that have a gradient; None: all floating-point ones;
             empty for an op that gives constants.
+        portable: What the public function runs on a CPU without the compiled kernels; where they
+            are in use it is timed beside them.
     """
 
     op: str
@@ -81,6 +84,7 @@ class Benchmark:
     bfloat16: Function | None = None
     peers: Mapping[str, Peer] = field(default_factory=dict)
     differentiate: tuple[int, ...] | None = None
+    portable: Function | None = None
 
     def absent(self) -> dict[str, str]:
         """Package of each peer that is not installed, by the peer's name."""
@@ -90,6 +94,8 @@ class Benchmark:
         """What is timed, by the name of its row; nothing is compiled for a quick run."""
         found = {"fastalign": self.fastalign, "eager": self.eager}
         cuda = device == "cuda"
+        if self.portable is not None and not cuda and native.OBSTACLE is None:
+            found["portable"] = self.portable
         if self.bfloat16 is not None:
             found |= {TF32: self.eager} if cuda else {}
             found["peer:eager-bf16"] = self.bfloat16

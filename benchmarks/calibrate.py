@@ -12,4 +12,10 @@ def bound(inputs: Inputs) -> Run:
     return copy_of(int((4 + vision) * x.nbytes), x.device)
 
 
-BENCHMARK = Benchmark(op="calibrate", fastalign=fa.ops.calibrate, eager=calibrate, bound=bound)
+BENCHMARK = Benchmark(
+    op="calibrate",
+    fastalign=fa.ops.calibrate,
+    eager=calibrate,
+    bound=bound,
+    portable=calibrate,
+)

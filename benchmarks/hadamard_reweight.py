@@ -16,4 +16,5 @@ BENCHMARK = Benchmark(
     fastalign=fa.ops.hadamard_reweight,
     eager=hadamard_reweight,
     bound=bound,
+    portable=hadamard_reweight,
 )

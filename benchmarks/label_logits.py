@@ -19,4 +19,5 @@ BENCHMARK = Benchmark(
     fastalign=fa.ops.label_logits,
     eager=label_logits,
     bound=bound,
+    portable=label_logits,
 )

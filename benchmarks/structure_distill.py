@@ -9,10 +9,15 @@ from torch import Tensor
 
 import fastalign as fa
 from benchmarks import Benchmark, Function, Inputs, Peer, Run
+from fastalign.ops.structure_distill import StructureDistillPortable, compute
 
 
 def distill(student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return fa.losses.structure_distill(student, teacher, cu_seqlens=cu_seqlens)
+
+
+def portable(student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return compute(StructureDistillPortable, student, teacher, cu_seqlens)
 
 
 def each_image(
@@ -106,4 +111,5 @@ BENCHMARK = Benchmark(
     bfloat16=partial(gram_loss, dtype=torch.bfloat16),
     peers={"dinov3": Peer("dinov3", dinov3)},
     differentiate=(0,),
+    portable=portable,
 )

@@ -66,14 +66,29 @@ def _ops() -> list[dict[str, str]]:
             if not _found(f"fastalign.ops.{name}"):
                 path, why = "torch", "no kernel of its own"
             elif not cuda:
-                path, why = "torch", "no CUDA device for its kernel"
+                path, why = _path_on_cpu(name)
             elif lacking:
                 path, why = "error", f"not installed, but needed on CUDA: {', '.join(lacking)}"
             else:
-                path, why = "triton", "CUDA tensors; torch for those on the CPU"
+                path, why = "triton", f"CUDA tensors; {_path_on_cpu(name)[0]} for those on the CPU"
             module = group.__name__.removeprefix("fastalign.")
             rows.append({"op": f"{module}.{name}", "path": path, "why": why})
     return rows
+
+
+def _path_on_cpu(op: str) -> tuple[str, str]:
+    """Path and reason of an op with a kernel, for tensors on the CPU."""
+    from fastalign_kernels import native
+
+    if op not in native.OPS:
+        return "torch", "no CUDA device for its kernel"
+    if native.OBSTACLE is not None:
+        return "torch", f"no CUDA device; compiled kernels of the CPU: {native.OBSTACLE}"
+    if op != "structure_distill":
+        return "compiled", f"on the CPU, {native.instructions()}; torch for float64"
+    if not native.MULTIPLIES_BFLOAT16:
+        return "torch", "this processor lacks avx512_bf16, which its compiled kernel needs"
+    return "compiled", "on the CPU, avx512_bf16, bfloat16 of at most d patches; else torch"
 
 
 def _attention() -> list[dict[str, Any]]:

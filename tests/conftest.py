@@ -107,6 +107,16 @@ def reproducible() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.fixture(autouse=True)
+def best_instructions() -> Iterator[None]:
+    """The compiled kernels are left in the instruction set that they chose."""
+    yield
+    from fastalign_kernels import native
+
+    if native.instructions() is not None:
+        torch.ops.fastalign.native_use("")
+
+
 @pytest.fixture(scope="module")
 def harness() -> Iterator[ModuleType]:
     """The package `benchmarks` of this checkout, which is not installed."""

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from fastalign_kernels import native
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastalign.reference.hadamard_reweight import hadamard_reweight
@@ -52,12 +53,17 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+# The path without the compiled kernels, beside them; the commands run on a GPU where there is one.
+PORTABLE_ON_CPU = ["portable"] if native.OBSTACLE is None else []
+PORTABLE = [] if torch.cuda.is_available() else PORTABLE_ON_CPU
+
+
 def test_quick_run_writes_its_rows(tmp_path):
     file = tmp_path / "results/rows.json"
     done = run("--quick", "--op", "calibrate", "--json", str(file))
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())
-    assert {row["impl"] for row in rows} == {"fastalign", "eager", "bound"}
+    assert {row["impl"] for row in rows} == {"fastalign", "eager", "bound", *PORTABLE}
     for row in rows:
         assert list(row) == FIELDS
         assert row["op"] == "calibrate" and row["case"] in done.stdout
@@ -116,11 +122,27 @@ def test_only_the_chosen_inputs_are_differentiated(harness, small):
     assert len(harness.measure(benchmark, "cpu", quick=True)) == 3
 
 
+@pytest.mark.parametrize("op", native.OPS)
+def test_compiled_kernels_are_timed_beside_what_runs_without_them(
+    op, command, harness, monkeypatch
+):
+    benchmark = command.find()[op]
+    monkeypatch.setattr(native, "OBSTACLE", None)
+    assert "portable" in benchmark.functions("cpu", quick=True)
+    assert "portable" not in benchmark.functions("cuda", quick=True)
+    monkeypatch.setattr(native, "OBSTACLE", "not built")
+    assert "portable" not in benchmark.functions("cpu", quick=True)
+    # With the obstacle in place the public function runs it.
+    (case,) = cases(op, bench=True, quick=True)
+    inputs = case.inputs("cpu")
+    assert torch.equal(benchmark.portable(*inputs), benchmark.fastalign(*inputs))
+
+
 def test_products_are_timed_in_other_precisions_too(structure, harness):
     names = [*structure.BENCHMARK.functions("cuda", quick=True)]
     assert names == ["fastalign", "eager", "peer:eager-tf32", "peer:eager-bf16"]
     names = [*structure.BENCHMARK.functions("cpu", quick=False)]
-    assert names == ["fastalign", "eager", "peer:eager-bf16", "compile"]
+    assert names == ["fastalign", "eager", *PORTABLE_ON_CPU, "peer:eager-bf16", "compile"]
     assert [*reweight(harness).functions("cuda", quick=True)] == ["fastalign", "eager"]
     before = torch.get_float32_matmul_precision()
     for name, precision in (("peer:eager-tf32", "high"), ("eager", "highest")):
@@ -238,7 +260,8 @@ def test_ragged_case_gives_all_rows(structure, harness, monkeypatch):
     case = Case("structure_distill", (5, 35, 33, 17), variant="ragged", model="x", quick=True)
     monkeypatch.setattr(harness, "cases", lambda *_, **__: [case])
     rows = harness.measure(structure.BENCHMARK, "cpu", quick=True)
-    assert [r["impl"] for r in rows] == ["fastalign", "eager", "peer:eager-bf16", "bound"]
+    names = ["fastalign", "eager", *PORTABLE_ON_CPU, "peer:eager-bf16", "bound"]
+    assert [r["impl"] for r in rows] == names
     assert all(list(r) == FIELDS and r["case"].endswith("-ragged") for r in rows)
     assert rows[0]["max_error"] < 1e-5
 

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 import yaml
+from fastalign_kernels import native
 from PIL import Image
 
 from fastalign import cli, doctor
@@ -345,13 +346,33 @@ def test_doctor(tmp_path, capsys):
     paths = {row["op"]: (row["path"], row["why"]) for row in report["ops"]}
     assert {"ops.label_logits", "losses.structure_distill", "linalg.sqrtm"} <= paths.keys()
     if not torch.cuda.is_available():
-        assert paths["ops.label_logits"] == ("torch", "no CUDA device for its kernel")
+        assert paths["ops.syrk"] == ("torch", "no CUDA device for its kernel")
+        expected = "torch" if native.OBSTACLE else "compiled"
+        assert paths["ops.label_logits"][0] == expected
         attention = {row["name"]: (row["usable"], row["why"]) for row in report["attention"]}
         assert attention["sdpa"] == (True, "taken on cpu")
         assert attention["flex"] == (True, "when named")
         assert attention["varlen"] == (False, "runs on CUDA devices only, not on cpu")
     shown = capsys.readouterr().out
     assert all(title in shown for title in ("Versions", "Devices", "Ops", "Extras", "attention"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the path is Triton's")
+def test_doctor_says_why_compiled_kernels_are_not_in_use(monkeypatch):
+    def rows():
+        return {row["op"]: (row["path"], row["why"]) for row in doctor._ops()}
+
+    monkeypatch.setattr(native, "OBSTACLE", "not built: because")
+    path, why = rows()["ops.calibrate"]
+    assert path == "torch" and why.endswith("compiled kernels of the CPU: not built: because")
+    monkeypatch.setattr(native, "OBSTACLE", None)
+    monkeypatch.setattr(native, "instructions", lambda: "avx2")
+    monkeypatch.setattr(native, "MULTIPLIES_BFLOAT16", False)
+    assert rows()["ops.calibrate"] == ("compiled", "on the CPU, avx2; torch for float64")
+    path, why = rows()["losses.structure_distill"]
+    assert path == "torch" and "lacks avx512_bf16" in why
+    monkeypatch.setattr(native, "MULTIPLIES_BFLOAT16", True)
+    assert rows()["losses.structure_distill"][0] == "compiled"
 
 
 @pytest.mark.parametrize("missing", [(), ("triton",), ("triton", "fastalign_kernels")])

@@ -2,27 +2,30 @@
 
 import pytest
 import torch
+from _paths import Paths
 from fastalign_kernels import hadamard_reweight as kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalign as fa
-from fastalign.ops.hadamard_reweight import HadamardReweight
+from fastalign.ops.hadamard_reweight import HadamardReweight, HadamardReweightNative
 from fastalign.reference.hadamard_reweight import hadamard_reweight as reference
 from fastalign.testing import assert_matches_reference, cases, value_and_grads
 
 public = fa.ops.hadamard_reweight
-fused = HadamardReweight.apply  # on CPU the public function is the reference itself
+fused = HadamardReweight.apply  # which the public function passes by on a CPU
+paths = Paths(public, fused, reference, HadamardReweightNative.apply)
 WIDTHS = (1, 2, 3, 5, 7, 8, 9)
 
 
+@paths.kernels
 @pytest.mark.parametrize("case", cases("hadamard_reweight"), ids=str)
-def test_kernel_matches_reference(case, device):
-    assert_matches_reference(fused, reference, case.inputs(device))
+def test_kernel_matches_reference(case, fn, device):
+    assert_matches_reference(fn, reference, case.inputs(device))
 
 
-@pytest.mark.parametrize("fn", [public, fused])
+@paths.every
 def test_by_hand(fn, device):
     # u = (3 * 1, 4 * 0) = (3, 0); |h| = 5, |u| = 3: y = 5/3 u = (5, 0).
     # Second row: u = (2, -2), |h| = 2 sqrt(2) = |u|: y = u.
@@ -35,7 +38,7 @@ def test_by_hand(fn, device):
     torch.testing.assert_close(h.grad, torch.tensor([[0.6, 0.8], [0.0, 0.0]], device=device))
 
 
-@pytest.mark.parametrize("fn", [public, fused])
+@paths.every
 def test_zero_row_gives_zero_and_no_gradient(fn, device):
     h = torch.tensor([[0.0, 2.0], [0.0, 0.0], [1.0, 1.0]], device=device)
     w = torch.tensor([[5.0, 0.0], [1.0, 1.0], [0.0, 0.0]], device=device)
@@ -43,7 +46,7 @@ def test_zero_row_gives_zero_and_no_gradient(fn, device):
         assert torch.equal(result, torch.zeros_like(h))
 
 
-@pytest.mark.parametrize("fn", [public, fused])
+@paths.every
 def test_nan_stays_in_its_row(fn, device):
     h = torch.ones(2, 5, device=device)
     h[0, 3] = float("nan")
@@ -51,7 +54,7 @@ def test_nan_stays_in_its_row(fn, device):
     assert y[0].isnan().all() and torch.equal(y[1], h[1])
 
 
-@pytest.mark.parametrize("fn", [public, fused])
+@paths.every
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_squares_do_not_leave_the_range(fn, scale, device):
     h, w = torch.randn(2, 3, 17, device=device)
@@ -72,7 +75,7 @@ def test_gradcheck(rows, d, shared):
 def test_energy_is_kept(n, d, seed, device):
     g = torch.Generator().manual_seed(seed)
     h, w = torch.randn(2, n, d, generator=g).to(device)
-    for fn in (public, fused):
+    for fn in paths.usable:
         torch.testing.assert_close(fn(h, w).square().sum(-1), h.square().sum(-1))
 
 
@@ -80,11 +83,11 @@ def test_energy_is_kept(n, d, seed, device):
 def test_factor_on_w_changes_nothing(log_factor, d, seed, device):
     g = torch.Generator().manual_seed(seed)
     h, w = torch.randn(2, 2, d, generator=g).to(device)
-    for fn in (public, fused):
+    for fn in paths.usable:
         torch.testing.assert_close(fn(h, 10**log_factor * w), fn(h, w))
 
 
-@pytest.mark.parametrize("fn", [public, fused])
+@paths.every
 def test_strided_and_expanded_inputs(fn, device):
     base = torch.randn(9, 4, 3, device=device)
     h, w = base.permute(2, 1, 0), base[:, 0, 0].expand(3, 4, 9)
@@ -98,14 +101,16 @@ def test_strided_and_expanded_inputs(fn, device):
 def test_shared_w_sums_over_any_number_of_programs(programs, device, monkeypatch):
     monkeypatch.setattr(kernels, "_PARTIALS", programs)
     inputs = torch.randn(7, 5, device=device), torch.randn(5, device=device)
-    torch.testing.assert_close(value_and_grads(fused, inputs), value_and_grads(public, inputs))
+    torch.testing.assert_close(value_and_grads(fused, inputs), value_and_grads(reference, inputs))
 
 
-def test_detached_w_gets_no_gradient(device):
+@paths.kernels
+def test_detached_w_gets_no_gradient(fn, device):
     h, w = torch.randn(2, 3, 8, device=device)
     h.requires_grad_()
-    (dh,) = torch.autograd.grad(fused(h, w).sum(), h)
-    torch.testing.assert_close(dh, torch.autograd.grad(public(h, w).sum(), h)[0])
+    for weights in (w, w[0]):
+        (dh,) = torch.autograd.grad(fn(h, weights).sum(), h)
+        torch.testing.assert_close(dh, torch.autograd.grad(reference(h, weights).sum(), h)[0])
     unused = kernels.hadamard_reweight_bwd(torch.ones_like(h), h.detach(), w, False)[1]
     assert unused.numel() == 0
 
@@ -126,7 +131,10 @@ def test_dtypes_and_widths(device):
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         assert public(torch.ones(2, 3, dtype=dtype), torch.ones(3)).dtype == dtype
     assert public(torch.ones(2, 0), torch.ones(2, 0)).shape == (2, 0)
-    assert fused(*torch.ones(2, 2, 0, device=device)).shape == (2, 0)
+    for fn in paths.usable:
+        assert fn(*torch.ones(2, 2, 0, device=device)).shape == (2, 0)
+        h, w = torch.ones(2, 0, device=device), torch.ones(0, device=device)
+        assert [x.shape for x in value_and_grads(fn, (h, w))] == [(2, 0), (2, 0), (0,)]
 
 
 def test_bad_input():

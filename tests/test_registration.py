@@ -6,17 +6,19 @@ in the op's own file.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _paths import compiled
 from fastalign_kernels import calibrate as calibrate_kernels
 from fastalign_kernels import contrast_weights as contrast_kernels
 from fastalign_kernels import hadamard_reweight as hadamard_kernels
 from fastalign_kernels import label_logits as label_kernels
 from fastalign_kernels import linear_cross_entropy as entropy_kernels
+from fastalign_kernels import native
 from fastalign_kernels import structure_distill as structure_kernels
 from fastalign_kernels import syrk as syrk_kernels
 from torch import Tensor
@@ -27,15 +29,21 @@ from torch.utils.checkpoint import checkpoint
 
 import fastalign as fa
 from fastalign import reference
-from fastalign.ops.calibrate import Calibrate
+from fastalign.ops.calibrate import Calibrate, CalibrateNative
 from fastalign.ops.contrast_weights import fused as fused_contrast_weights
-from fastalign.ops.hadamard_reweight import HadamardReweight
-from fastalign.ops.label_logits import LabelLogits
+from fastalign.ops.hadamard_reweight import HadamardReweight, HadamardReweightNative
+from fastalign.ops.label_logits import LabelLogits, LabelLogitsNative
 from fastalign.ops.linear_cross_entropy import compute as compute_entropy
-from fastalign.ops.structure_distill import StructureDistill, compute
+from fastalign.ops.structure_distill import (
+    StructureDistill,
+    StructureDistillNative,
+    StructureDistillPortable,
+    compute,
+)
 from fastalign.ops.syrk import Syrk
 from fastalign.testing import cases, cotangent_like
 from fastalign.testing.accuracy import relative_error
+from fastalign.testing.cases import DTYPES
 
 Inputs = tuple[Any, ...]
 Calls = list[tuple[OpOverload, Inputs]]
@@ -51,13 +59,14 @@ class Op:
         fused: The same through the autograd.Function, which on CPU `public` may pass by.
         plain: The reference.
         kernels: The module of its operators.
-        raw: Calls of all of its operators, made from the inputs.
+        raw: Calls of all of its operators, made from their module and the inputs.
         leaves: Positions of the inputs that get a gradient, where they are tensors; none of an op
             that gives constants.
         samples: For each case that is tested here, one a variant: its shape, the variant, and the
             positions of the inputs whose first dimension is that of the batch; none where a batch
             cannot be doubled, as with packed rows.
         unbatched: Positions of the inputs that vmap may not batch, such as offsets.
+        dtypes: Of the inputs; where another is asked for, the first.
     """
 
     name: str
@@ -69,31 +78,38 @@ class Op:
     leaves: tuple[int, ...]
     samples: tuple[tuple[tuple[int, ...], str, tuple[int, ...]], ...]
     unbatched: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    @property
+    def compiled(self) -> bool:
+        return self.kernels is native
 
 
-def _raw_hadamard(h: Tensor, w: Tensor) -> Calls:
-    backward = [(hadamard_kernels.hadamard_reweight_bwd, (h, h, w, n)) for n in (True, False)]
-    return [(hadamard_kernels.hadamard_reweight_fwd, (h, w)), *backward]
+def _raw_hadamard(kernels: Any, h: Tensor, w: Tensor) -> Calls:
+    backward = [(kernels.hadamard_reweight_bwd, (h, h, w, n)) for n in (True, False)]
+    return [(kernels.hadamard_reweight_fwd, (h, w)), *backward]
 
 
-def _raw_label(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Calls:
+def _raw_label(
+    kernels: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
+) -> Calls:
     dy = torch.ones_like(labels, dtype=torch.float32)
     return [
-        (label_kernels.label_logits_fwd, (hidden, weight, labels, bias)),
-        (label_kernels.label_logits_bwd_hidden, (dy, weight, labels)),
-        (label_kernels.label_logits_bwd_weight, (dy, hidden, labels, len(weight))),
+        (kernels.label_logits_fwd, (hidden, weight, labels, bias)),
+        (kernels.label_logits_bwd_hidden, (dy, weight, labels)),
+        (kernels.label_logits_bwd_weight, (dy, hidden, labels, len(weight))),
     ]
 
 
-def _raw_calibrate(x: Tensor, mask: Tensor, scale: Tensor, shift: Tensor) -> Calls:
+def _raw_calibrate(kernels: Any, x: Tensor, mask: Tensor, scale: Tensor, shift: Tensor) -> Calls:
     return [
-        (calibrate_kernels.calibrate_fwd, (x, mask, scale, shift)),
-        (calibrate_kernels.calibrate_bwd, (x, x, mask, scale)),
+        (kernels.calibrate_fwd, (x, mask, scale, shift)),
+        (kernels.calibrate_bwd, (x, x, mask, scale)),
     ]
 
 
-def _raw_contrast(delta: Tensor, cu_seqlens: Tensor | None) -> Calls:
-    return [(contrast_kernels.contrast_weights_fwd, (delta, cu_seqlens, 1.0, 5.0, 3))]
+def _raw_contrast(kernels: Any, delta: Tensor, cu_seqlens: Tensor | None) -> Calls:
+    return [(kernels.contrast_weights_fwd, (delta, cu_seqlens, 1.0, 5.0, 3))]
 
 
 def _entropy(
@@ -118,9 +134,14 @@ def _reduction(bias: Tensor | None) -> str:
 
 
 def _raw_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, bias: Tensor | None
+    kernels: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
 ) -> Calls:
-    operator = entropy_kernels.linear_cross_entropy_fwd
+    operator = kernels.linear_cross_entropy_fwd
     inputs = (hidden, weight, labels, weights, bias, -100, 0.5, 3.0)
     forward = [
         (operator, (*inputs, False, False, False, False)),
@@ -131,8 +152,8 @@ def _raw_entropy(
     backward = (scale, dz, hidden, labels, scale, -100, weight.dtype)
     return [
         *forward[: 3 if hidden.dtype == torch.float32 else 2],
-        (entropy_kernels.linear_cross_entropy_bwd, (scale, dhidden, scale, hidden.dtype)),
-        (entropy_kernels.linear_cross_entropy_bwd_weight, backward),
+        (kernels.linear_cross_entropy_bwd, (scale, dhidden, scale, hidden.dtype)),
+        (kernels.linear_cross_entropy_bwd_weight, backward),
     ]
 
 
@@ -144,16 +165,18 @@ def _fused_structure(student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None
     return compute(StructureDistill, student, teacher, cu_seqlens)
 
 
-def _raw_structure(student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None) -> Calls:
+def _raw_structure(
+    kernels: Any, student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None
+) -> Calls:
     images = student.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     longest = student.shape[1] if cu_seqlens is None else 35
     h, g = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
     tail = (cu_seqlens, images, longest, True, "keep")
-    operator = structure_kernels.structure_distill_fwd
-    forward = [(operator, (h, g, *tail, keep)) for keep in range(3)]
+    operator = kernels.structure_distill_fwd
+    forward = [(operator, (h, g, *tail, keep)) for keep in range(2 if kernels is native else 3)]
     losses, *kept = operator(*forward[1][1])
     backward = (losses, h, *kept, cu_seqlens, longest, True)
-    return [*forward, (structure_kernels.structure_distill_bwd, backward)]
+    return [*forward, (kernels.structure_distill_bwd, backward)]
 
 
 def _symmetric(y: Tensor | None) -> Tensor | None:
@@ -173,9 +196,9 @@ def _plain_syrk(x: Tensor, y: Tensor | None) -> Tensor:
     return reference.syrk(x, _symmetric(y), 0.5, -2.0)
 
 
-def _raw_syrk(x: Tensor, y: Tensor | None) -> Calls:
+def _raw_syrk(kernels: Any, x: Tensor, y: Tensor | None) -> Calls:
     dtypes = dict.fromkeys((x.dtype, torch.float32))
-    return [(syrk_kernels.syrk_fwd, (x, y, 0.5, -2.0, dtype)) for dtype in dtypes]
+    return [(kernels.syrk_fwd, (x, y, 0.5, -2.0, dtype)) for dtype in dtypes]
 
 
 # A new op is one more entry, and then passes everything below.
@@ -255,6 +278,34 @@ OPS = [
 ]
 
 
+def _portable_structure(student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return compute(StructureDistillPortable, student, teacher, cu_seqlens)
+
+
+def _native_structure(student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return compute(StructureDistillNative, student, teacher, cu_seqlens)
+
+
+def _compiled(name: str, fused: Callable[..., Tensor], **changes: Any) -> Op:
+    """The op by the compiled kernels, which `public` takes above; and without them."""
+    (op,) = (op for op in OPS if op.name == name)
+    return replace(op, **{"public": op.plain, "fused": fused, "kernels": native, **changes})
+
+
+COMPILED = [
+    _compiled("hadamard_reweight", HadamardReweightNative.apply),
+    _compiled("label_logits", LabelLogitsNative.apply),
+    _compiled("calibrate", CalibrateNative.apply),
+    _compiled(
+        "structure_distill",
+        _native_structure,
+        public=_portable_structure,
+        samples=(((2, 7, 65, 127), "", (0, 1)), ((4, 35, 66, 17), "ragged", ())),
+        dtypes=(torch.bfloat16,),
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One case of one op."""
@@ -265,12 +316,17 @@ class Sample:
     rows: tuple[int, ...]
 
     def __str__(self) -> str:
-        return "-".join(part for part in (self.op.name, self.variant) if part)
+        path = "native" if self.op.compiled else ""
+        return "-".join(part for part in (self.op.name, self.variant, path) if part)
 
     def inputs(self, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
+        dtype = dtype if dtype in self.op.dtypes else self.op.dtypes[0]
         wanted = (self.shape, self.variant, dtype)
         (case,) = (c for c in cases(self.op.name) if (c.shape, c.variant, c.dtype) == wanted)
         return case.inputs(device)
+
+    def raw(self, inputs: Inputs) -> Calls:
+        return self.op.raw(self.op.kernels, *inputs)
 
     def twice(self, inputs: Inputs) -> Inputs:
         """The inputs of two such batches."""
@@ -292,12 +348,22 @@ class Sample:
 
 
 SAMPLES = [Sample(op, *sample) for op in OPS for sample in op.samples]
-every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+ON_CPU = [Sample(op, *sample) for op in COMPILED for sample in op.samples]
+
+
+def marked(samples: list[Sample]) -> list[Any]:
+    """Parameters; those of the compiled kernels are skipped where there are none."""
+    marks = {False: (), True: (compiled(),)}
+    return [pytest.param(s, id=str(s), marks=marks[s.op.compiled]) for s in samples]
+
+
+every_sample = pytest.mark.parametrize("sample", marked([*SAMPLES, *ON_CPU]))
+every_cuda_sample = pytest.mark.parametrize("sample", marked(SAMPLES))
 every_differentiable = pytest.mark.parametrize(
-    "sample", [sample for sample in SAMPLES if sample.op.leaves], ids=str
+    "sample", marked([sample for sample in (*SAMPLES, *ON_CPU) if sample.op.leaves])
 )
 every_constant = pytest.mark.parametrize(
-    "sample", [sample for sample in SAMPLES if not sample.op.leaves], ids=str
+    "sample", marked([sample for sample in SAMPLES if not sample.op.leaves])
 )
 both_paths = pytest.mark.parametrize("path", ["public", "fused"])
 
@@ -307,10 +373,11 @@ def bit_equal(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
 
 
 def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Equal but for the rounding of float32 sums, relative to the largest magnitude."""
+    """Equal but for the rounding of float32 sums and of the type, relative to the largest."""
     for x, y in zip(found, expected, strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype
-        assert relative_error(x, y.double()) <= 4e-6
+        rounding = torch.finfo(x.dtype).eps if x.dtype in DTYPES[1:] else 0.0
+        assert relative_error(x, y.double()) <= 4e-6 + rounding
 
 
 def test_every_op_is_in_the_table():
@@ -319,12 +386,34 @@ def test_every_op_is_in_the_table():
     for op in OPS:
         operators = {x for x in vars(op.kernels).values() if isinstance(x, OpOverload)}
         samples = [sample for sample in SAMPLES if sample.op is op]
-        assert operators == {x for s in samples for x, _ in op.raw(*s.inputs("cpu"))}
+        assert operators == {x for s in samples for x, _ in s.raw(s.inputs("cpu"))}
+
+
+@compiled()
+def test_every_compiled_operator_is_in_the_table():
+    operators = {x for x in vars(native).values() if isinstance(x, OpOverload)}
+    assert operators == {x for s in ON_CPU for x, _ in s.raw(s.inputs("cpu"))}
+
+
+@compiled()
+@pytest.mark.parametrize("op", COMPILED, ids=lambda op: op.name)
+def test_compiled_operators_have_the_schemas_of_the_others(op):
+    """Names, types and order of arguments and returns; a default stands in neither."""
+    found = 0
+    for operator in (x for x in vars(native).values() if isinstance(x, OpOverload)):
+        if not operator._schema.name.startswith(f"fastalign::{op.name}_"):
+            continue
+        (other,) = (o for o in OPS if o.name == op.name)
+        triton = getattr(other.kernels, operator._schema.name.removeprefix("fastalign::"))
+        mine, its = str(operator._schema), str(triton._schema)
+        assert mine.replace(".native(", "(") == its
+        found += 1
+    assert found >= 2
 
 
 @every_sample
 def test_opcheck(sample, device):
-    for operator, arguments in sample.op.raw(*sample.inputs(device, torch.bfloat16)):
+    for operator, arguments in sample.raw(sample.inputs(device, torch.bfloat16)):
         # In bfloat16, because float32 hides a fake with the wrong dtype. The tiles that ragged
         # images may have but do not are scratch, which two runs leave different.
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -552,17 +641,17 @@ def outputs(calls: Calls) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@every_sample
+@every_cuda_sample
 def test_fake_cuda_tensors(sample, dtype):
     """The CUDA branch and each operator: device, shape and dtype, and no value is looked at."""
     real = sample.inputs("cpu", dtype)
-    expected = [sample.op.plain(*real), *outputs(sample.op.raw(*real))]
+    expected = [sample.op.plain(*real), *outputs(sample.raw(real))]
     with FakeTensorMode():
         inputs = tuple(
             torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
             for x in real
         )
-        found = [sample.op.public(*inputs), *outputs(sample.op.raw(*inputs))]
+        found = [sample.op.public(*inputs), *outputs(sample.raw(inputs))]
         with pytest.raises(DataDependentOutputException):
             found[0].sum().item()  # what the mode says to a wait
     for x, known in zip(found, expected, strict=True):
@@ -585,7 +674,7 @@ READS = ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__
 
 @every_sample
 def test_launchers_read_no_value(sample, device, monkeypatch):
-    calls = sample.op.raw(*sample.inputs(device))
+    calls = sample.raw(sample.inputs(device))
     expected = outputs(calls)
 
     def refuse(self: Tensor, *_: Any) -> None:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from _paths import compiled
+from fastalign_kernels import native
 from fastalign_kernels import structure_distill as kernels
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,13 +11,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastalign.ops.structure_distill as op
 from fastalign import losses
 from fastalign.ops import _structure_portable as portable
-from fastalign.ops.structure_distill import StructureDistill, StructureDistillPortable, compute
+from fastalign.ops.structure_distill import (
+    StructureDistill,
+    StructureDistillNative,
+    StructureDistillPortable,
+    compute,
+)
 from fastalign.reference import structure_distill as reference
 from fastalign.testing import assert_as_accurate, cases
 from fastalign.testing.cases import DTYPES
 
-FUNCTIONS = [StructureDistill, StructureDistillPortable]
-both_paths = pytest.mark.parametrize("function", FUNCTIONS, ids=["kernels", "portable"])
+needs_products = pytest.mark.skipif(
+    native.OBSTACLE is None and not native.MULTIPLIES_BFLOAT16,
+    reason="this processor has no products of bfloat16 matrices",
+)
+FUNCTIONS = [
+    pytest.param(StructureDistill, id="kernels"),
+    pytest.param(StructureDistillPortable, id="portable"),
+    pytest.param(StructureDistillNative, id="native", marks=[compiled(), needs_products]),
+]
+any_shape = pytest.mark.parametrize("function", FUNCTIONS[:2])
+every_path = pytest.mark.parametrize("function", FUNCTIONS)
+compiled_path = pytest.mark.parametrize("function", FUNCTIONS[2:])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -36,6 +53,8 @@ def value_and_grad(fn, student: Tensor, teacher: Tensor, *rest, **options):
 def check(function, student: Tensor, teacher: Tensor, cu_seqlens=None, **options):
     """As accurate as the reference at the same type; every image by itself, and with its factor."""
     options = {"reduction": "none", **options}
+    if function is StructureDistillNative:  # whose instruction takes no other
+        student, teacher = student.bfloat16(), teacher.bfloat16()
     found = value_and_grad(
         lambda h, g: compute(function, h, g, cu_seqlens, **options), student, teacher
     )
@@ -56,13 +75,45 @@ def check(function, student: Tensor, teacher: Tensor, cu_seqlens=None, **options
             assert_as_accurate(x, plain, true, noise=noise + rounding)
 
 
-@both_paths
+@any_shape
 @pytest.mark.parametrize("case", cases("structure_distill"), ids=str)
 def test_cases(case, function, device):
     check(function, *case.inputs(device))
 
 
-@both_paths
+@compiled_path
+@pytest.mark.parametrize("case", cases("structure_distill"), ids=str)
+def test_compiled_cases(case, function):
+    student, teacher, cu_seqlens = case.inputs("cpu")
+    longest = max([0, *cu_seqlens.diff().tolist()]) if cu_seqlens is not None else case.shape[1]
+    if case.dtype != torch.bfloat16 or longest > case.shape[2]:
+        # Not for it: the public function takes the portable path.
+        assert not native.takes_structure(student, teacher, longest)
+        loss = losses.structure_distill(student, teacher, cu_seqlens=cu_seqlens)
+        assert torch.equal(loss, compute(StructureDistillPortable, student, teacher, cu_seqlens))
+        return
+    assert native.takes_structure(student, teacher, longest)
+    check(function, student, teacher, cu_seqlens)
+    loss = losses.structure_distill(student, teacher, cu_seqlens=cu_seqlens)
+    assert torch.equal(loss, compute(function, student, teacher, cu_seqlens))
+
+
+@compiled_path
+@pytest.mark.parametrize("negatives", ["keep", "clip", "clip_teacher"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("n", [63, 64, 70, 129])
+def test_compiled_options(function, negatives, similarity, n):
+    """Rows and columns at the borders of tiles of 64, of odd widths too."""
+    student, teacher = patches(2, n, 131), patches(2, n, 41, seed=1)
+    student[1, 2] = 0
+    teacher[0, n - 1] = 0
+    check(function, student, teacher, negatives=negatives, similarity=similarity)
+    offsets = torch.tensor([0, 3, 3, n, 2 * n], dtype=torch.int64)
+    rows = student.flatten(0, 1), teacher.flatten(0, 1)
+    check(function, *rows, offsets, negatives=negatives, similarity=similarity, max_seqlen=130)
+
+
+@any_shape
 @pytest.mark.parametrize("negatives", ["keep", "clip", "clip_teacher"])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 # R' is kept, or the gradient.
@@ -73,7 +124,7 @@ def test_options(function, dtype, negatives, similarity, width, device):
     check(function, student.to(device), teacher.to(device), **options)
 
 
-@both_paths
+@any_shape
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("level", ["image", "batch"])
 def test_levels_and_reductions(function, reduction, level, device):
@@ -93,7 +144,7 @@ def small_panels(request, monkeypatch):
     monkeypatch.setattr(portable, "PANEL", 48)
 
 
-@both_paths
+@any_shape
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 150), (torch.bfloat16, 40)])
 def test_panels(function, dtype, width, small_panels, device):
     """Tiles beside and below the panel, and images that start or end inside one."""
@@ -102,7 +153,7 @@ def test_panels(function, dtype, width, small_panels, device):
     check(function, student.to(device), teacher.to(device), negatives="clip")
 
 
-@both_paths
+@any_shape
 @pytest.mark.parametrize("width", [150, 40])
 @pytest.mark.parametrize("known", [True, False])
 def test_ragged_panels(function, width, known, small_panels, monkeypatch, device):
@@ -142,9 +193,10 @@ def test_descriptors(monkeypatch, dtype, width):
     check(StructureDistill, student.flatten(0, 1), teacher.flatten(0, 1), offsets)
 
 
-@both_paths
+@every_path
 def test_nothing_is_kept_without_gradient(function, device):
-    student, teacher = patches(2, 70, 24).to(device), patches(2, 70, 40, seed=1).to(device)
+    student, teacher = patches(2, 70, 96).to(device), patches(2, 70, 40, seed=1).to(device)
+    student, teacher = student.bfloat16(), teacher.bfloat16()
     expected = reference(student, teacher)
     torch.testing.assert_close(compute(function, student, teacher), expected)
     with torch.no_grad():
@@ -231,7 +283,7 @@ def test_gradient_is_orthogonal_to_the_patches(dtype, device):
     assert cosine.abs().max() < 1e-6
 
 
-@both_paths
+@any_shape
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("scale", [2e-3, 1.0, 500.0])
 @pytest.mark.parametrize("width", [96, 24])
@@ -266,16 +318,112 @@ def test_extreme_rows(norm, device):
     torch.testing.assert_close(found.cpu(), reference(expected, teacher))
 
 
-@both_paths
+@compiled_path
+@pytest.mark.parametrize("width", [96, 97])
+@pytest.mark.parametrize("scale", [1e-39, 1e-36, 1e-25, 1e-20, 1e-16, 1e16, 1e20, 1e30, 1e36])
+def test_rows_of_any_norm(function, scale, width):
+    """Squares leave float32, and numbers below 1e-38 are 0 to the instruction."""
+    student, teacher = patches(2, 70, width), patches(2, 70, 40, seed=1)
+    student[0, 3] *= scale
+    student[1] *= scale
+    student[1, 5] = 0
+    teacher[1, 7:9] *= scale
+    student, teacher = student.bfloat16(), teacher.bfloat16()
+    found, expected = (
+        value_and_grad(lambda h, g, f=f: compute(f, h, g, reduction="none"), student, teacher)
+        for f in (function, StructureDistillPortable)
+    )
+    torch.testing.assert_close(found[0], expected[0])
+    assert torch.equal(found[1].isinf(), expected[1].isinf())  # 1 / |h| is beyond the type
+    assert torch.equal(found[1].isnan(), expected[1].isnan())
+    rows = expected[1].float().nan_to_num(0.0, 0.0, 0.0)
+    bound = rows.abs().amax(-1, keepdim=True) * torch.finfo(torch.bfloat16).eps
+    assert ((found[1].float().nan_to_num(0.0, 0.0, 0.0) - rows).abs() <= bound).all()
+
+
+@compiled_path
+def test_rows_may_start_anywhere(function):
+    """Numbers of 16 bits are read in pairs."""
+    student, teacher = patches(1, 70, 96).bfloat16(), patches(1, 70, 40, seed=1).bfloat16()
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (student, teacher)]
+    assert all(x.data_ptr() % 4 == 2 and x.is_contiguous() for x in shifted)
+    found, expected = (
+        value_and_grad(lambda h, g: compute(function, h, g), *rows)
+        for rows in (shifted, (student, teacher))
+    )
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@compiled_path
+def test_dot_products_are_those_of_float32(function):
+    student, teacher = patches(2, 70, 96), patches(2, 70, 40, seed=1)
+    for h, g in ((1e-12, 1e-12), (1e7, 1e7), (1e-3, 1e5)):
+        check(function, h * student, g * teacher, similarity="dot")
+    # Products beyond float32 are infinite, and so is the loss.
+    far = (1e25 * student).bfloat16(), teacher.bfloat16()
+    for f in (function, StructureDistillPortable):
+        assert not compute(f, *far, similarity="dot").isfinite()
+
+
+@compiled_path
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_infinite_rows_give_nan(function, bad):
+    student, teacher = patches(3, 70, 96).bfloat16(), patches(3, 70, 40, seed=1).bfloat16()
+    student[1, 7, 3], teacher[2, 69, 0] = bad, bad
+    for f in (function, StructureDistillPortable):
+        value, grad = value_and_grad(
+            lambda h, g, f=f: compute(f, h, g, reduction="none"), student, teacher
+        )
+        assert value.isnan().tolist() == [False, True, True]
+        assert grad[0].isfinite().all() and grad[1].isnan().all() and grad[2].isnan().any()
+
+
+@compiled_path
+def test_threads_change_no_bit(function):
+    student, teacher = patches(3, 200, 333).bfloat16(), patches(3, 200, 77, seed=1).bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(
+                value_and_grad(
+                    lambda h, g: compute(function, h, g, reduction="none"), student, teacher
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    for value, grad in found[1:]:
+        assert torch.equal(value, found[0][0]) and torch.equal(grad, found[0][1])
+
+
+@compiled_path
+def test_offsets_are_checked(function):
+    """Also where no one read them before, as in a compiled graph: they are used as addresses."""
+    rows = patches(6, 8).bfloat16()
+    for offsets, longest, message in (
+        ([0, 2, 6], 3, "max_seqlen must be at least 4: got 3"),
+        ([0, 4, 2, 6], 6, "cu_seqlens must rise from 0 to 6"),
+        ([0, 2, 7], 6, "cu_seqlens must rise from 0 to 6"),
+        ([1, 6], 6, "cu_seqlens must rise from 0 to 6"),
+    ):
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+        arguments = (rows, rows, cu_seqlens, len(offsets) - 1, longest, True, "keep", 1)
+        with pytest.raises(RuntimeError, match=message):
+            native.structure_distill_fwd(*arguments)
+
+
+@any_shape
 def test_types_may_differ(function, device):
     for h, g in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
         student, teacher = patches(2, 70, 96, dtype=h), patches(2, 70, 33, seed=1, dtype=g)
         check(function, student.to(device), teacher.to(device))
 
 
-@both_paths
+@every_path
 def test_nan_stays_in_its_image(function, device):
     student, teacher = patches(3, 70, 24), patches(3, 70, 8, seed=1)
+    if function is StructureDistillNative:
+        student, teacher = patches(3, 70, 72).bfloat16(), teacher.bfloat16()
     student[1, 7, 3] = torch.nan
     teacher[2, 69, 0] = torch.nan
     for options in ({}, {"negatives": "clip"}, {"negatives": "clip_teacher", "similarity": "dot"}):
@@ -287,9 +435,9 @@ def test_nan_stays_in_its_image(function, device):
         assert grad[0].isfinite().all() and grad[1].isnan().any() and grad[2].isnan().any()
 
 
-@both_paths
+@every_path
 def test_strided_inputs(function, device):
-    student = patches(24, 2, 70).to(device).transpose(0, 1).transpose(1, 2)
+    student = patches(72, 2, 70).to(device).transpose(0, 1).transpose(1, 2)
     teacher = patches(1, 70, 16, seed=1).to(device).expand(2, 70, 16)
     check(function, student, teacher)
 

@@ -1,12 +1,17 @@
 """What is installed: both packages with their data, from every way in, importable anywhere."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 # Run far from the checkout: what only a working directory provides must not be found.
@@ -50,13 +55,36 @@ def copy_of_the_checkout(folder):
     return folder
 
 
+PURE = {"CXX": "no-such-compiler"}  # as with build isolation, where torch is absent
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("c++") is None, reason="no C++ compiler is installed"
+)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Wheel built from the sdist, and the sdist."""
     source = copy_of_the_checkout(tmp_path_factory.mktemp("source"))
     out = tmp_path_factory.mktemp("dist")
-    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out)
+    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out, **PURE)
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def compiled(built, tmp_path_factory):
+    """Wheel with the compiled kernels, from the sdist; not optimised, which takes half as long."""
+    out = tmp_path_factory.mktemp("compiled")
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
+    call(*pip, "--wheel-dir", out, built[1], cwd=out, CFLAGS="-O0")
+    return next(out.glob("*.whl"))
+
+
+def doctor(site, folder):
+    """What `fastalign doctor` reports of the ops installed in `site`."""
+    code = "from fastalign.cli import main; raise SystemExit(main(['doctor', '--json', 'r.json']))"
+    call(sys.executable, "-c", code, cwd=folder, PYTHONPATH=str(site))
+    rows = json.loads((folder / "r.json").read_text())["ops"]
+    return {row["op"]: (row["path"], row["why"]) for row in rows}
 
 
 def test_wheel_from_the_sdist_imports_anywhere(built, tmp_path):
@@ -81,8 +109,48 @@ def test_wheel_holds_the_packages_and_nothing_else(built):
     assert "fastalign/demo/assets/base/model.safetensors" in names
     assert sum(name.startswith("fastalign/demo/assets/sprites/") for name in names) == 24
     assert any(name.endswith("LICENSE-OFL.txt") for name in names)
+    assert not any(name.endswith((".so", ".cpp", ".h")) for name in names)
     # No folder of the wheel may shadow Hugging Face's package `kernels`.
     assert not any(name.startswith("kernels/") for name in names)
+
+
+def test_sdist_holds_the_sources_of_the_compiled_kernels(built):
+    with tarfile.open(built[1]) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert {"csrc/module.c", "csrc/cpu/rows.h"} <= sources <= names
+    assert not any(name.endswith((".so", ".o")) for name in names)
+
+
+@needs_compiler
+def test_compiled_wheel_imports_anywhere_and_says_what_is_in_use(compiled, tmp_path):
+    # One binary for Python 3.10 and later.
+    assert re.search(r"-cp310-abi3-linux_\w+\.whl$", compiled.name)
+    target, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target)
+    call(*pip, compiled, cwd=empty)
+    assert (target / "fastalign_kernels/_C.abi3.so").is_file()
+    code = CHECK + (
+        "from fastalign_kernels import native\n"
+        "assert native.OBSTACLE is None, native.OBSTACLE\n"
+        "print(native.__file__, native.instructions())"
+    )
+    assert str(target) in call(sys.executable, "-c", code, cwd=empty, PYTHONPATH=str(target))
+    if not torch.cuda.is_available():
+        path, why = doctor(target, empty)["ops.calibrate"]
+        assert path == "compiled" and why.startswith("on the CPU, ")
+        (target / "fastalign_kernels/_C.abi3.so").unlink()
+        path, why = doctor(target, empty)["ops.calibrate"]
+        assert path == "torch" and "not built: pip install --no-build-isolation" in why
+
+
+@needs_compiler
+def test_a_failing_compilation_fails_the_build(built, tmp_path):
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
+    with pytest.raises(AssertionError, match="no-such-option"):
+        call(*pip, "--wheel-dir", tmp_path, built[1], cwd=tmp_path, CFLAGS="-fno-such-option")
+    assert not list(tmp_path.glob("*.whl"))
 
 
 def test_editable_install_imports_anywhere(tmp_path):
@@ -93,6 +161,7 @@ def test_editable_install_imports_anywhere(tmp_path):
         *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"),
         *("--target", target, "--editable", source),
         cwd=empty,
+        **PURE,
     )
     # .pth files are read in site folders only, so name the folder as one.
     activate = f"import site; site.addsitedir({str(target)!r})\n"
@@ -114,4 +183,5 @@ loaded = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted(loaded - set(sys.stdlib_module_names)))
 """
     # Beyond torch and the standard library it loads itself alone, so it costs what its files do.
-    assert call(sys.executable, "-c", code, cwd="/").strip() == "['fastalign']"
+    loaded = call(sys.executable, "-c", code, cwd="/").strip()
+    assert loaded == "['fastalign', 'fastalign_kernels']"

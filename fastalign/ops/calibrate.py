@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from fastalign_kernels import native
 from torch import Tensor
 
 from fastalign.ops._check import check_floating, check_one_of, check_same, check_shape
@@ -36,6 +37,20 @@ class Calibrate(torch.autograd.Function):
         return dx, None, dscale, dshift
 
 
+class CalibrateNative(Calibrate):
+    """The same by the compiled kernels of the CPU."""
+
+    @staticmethod
+    def forward(x: Tensor, vision_mask: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        y: Tensor = native.calibrate_fwd(x, vision_mask, scale, shift)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        dx, dscale, dshift = once(native.calibrate_bwd, dy, *ctx.saved_tensors)
+        return dx, None, dscale, dshift
+
+
 def calibrate(x: Tensor, vision_mask: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     r"""Modality calibration $u \circ x + v$ of the vision tokens (MoCa).
 
@@ -49,7 +64,8 @@ def calibrate(x: Tensor, vision_mask: Tensor, scale: Tensor, shift: Tensor) -> T
 
     Returns:
         (..., d) in the dtype of `x`, computed in float32 or wider. Differentiable in `x`, `scale`
-        and `shift`, on CUDA once; the sums over tokens are taken in float32, in one fixed order.
+        and `shift`, by a kernel (CUDA, and the CPU's compiled ones) once; the sums over tokens are
+        taken in float32, in one fixed order.
 
     Raises:
         TypeError: `x`, `scale` or `shift` is no floating-point tensor.
@@ -67,6 +83,10 @@ def calibrate(x: Tensor, vision_mask: Tensor, scale: Tensor, shift: Tensor) -> T
     check_shape("shift", shift, tuple(x.shape[-1:]), "(d,)")
     check_same("dtype", scale=scale, shift=shift)
     check_same("device", x=x, vision_mask=vision_mask, scale=scale, shift=shift)
+    y: Tensor
+    if native.takes(x, scale, shift):
+        y = CalibrateNative.apply(x, vision_mask, scale, shift)  # type: ignore[no-untyped-call]
+        return y
     if not x.is_cuda:
         return reference(x, vision_mask, scale, shift)
 
@@ -74,5 +94,5 @@ def calibrate(x: Tensor, vision_mask: Tensor, scale: Tensor, shift: Tensor) -> T
 
     check_one_of("the dtype of x on CUDA", x.dtype, DTYPES)
     check_one_of("the dtype of scale on CUDA", scale.dtype, DTYPES)
-    y: Tensor = Calibrate.apply(x, vision_mask, scale, shift)  # type: ignore[no-untyped-call]
+    y = Calibrate.apply(x, vision_mask, scale, shift)  # type: ignore[no-untyped-call]
     return y

@@ -1,8 +1,10 @@
 """Hadamard reweighting of rows: checks, gradient and the choice of the path."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastalign_kernels import native
 from torch import Tensor
 
 from fastalign.ops._check import check_floating, check_one_of, check_same
@@ -30,9 +32,28 @@ class HadamardReweight(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         from fastalign_kernels.hadamard_reweight import hadamard_reweight_bwd
 
-        needs_w = ctx.needs_input_grad[1]
-        dh, dw = once(hadamard_reweight_bwd, dy, *ctx.saved_tensors, needs_w)
-        return dh, dw if needs_w else None
+        return _backward(ctx, dy, hadamard_reweight_bwd)
+
+
+class HadamardReweightNative(HadamardReweight):
+    """The same by the compiled kernels of the CPU."""
+
+    @staticmethod
+    def forward(h: Tensor, w: Tensor) -> Tensor:
+        y: Tensor = native.hadamard_reweight_fwd(h, w)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _backward(ctx, dy, native.hadamard_reweight_bwd)
+
+
+def _backward(
+    ctx: Any, dy: Tensor, kernel: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor | None]:
+    needs_w = ctx.needs_input_grad[1]
+    dh, dw = once(kernel, dy, *ctx.saved_tensors, needs_w)
+    return dh, dw if needs_w else None
 
 
 def hadamard_reweight(h: Tensor, w: Tensor) -> Tensor:
@@ -49,7 +70,7 @@ def hadamard_reweight(h: Tensor, w: Tensor) -> Tensor:
 
     Returns:
         (..., d) in the dtype of `h`, computed in float32 or wider. Differentiable in `h` and `w`,
-        on CUDA once.
+        by a kernel (CUDA, and the CPU's compiled ones) once.
 
     Raises:
         TypeError: An argument is no floating-point tensor.
@@ -65,6 +86,10 @@ def hadamard_reweight(h: Tensor, w: Tensor) -> Tensor:
             f"w must have the shape of h or ({h.shape[-1]},): "
             f"got {tuple(w.shape)} and {tuple(h.shape)}"
         )
+    y: Tensor
+    if native.takes(h, w):
+        y = HadamardReweightNative.apply(h, w)  # type: ignore[no-untyped-call]
+        return y
     if not h.is_cuda:
         return reference(h, w)
 
@@ -74,5 +99,5 @@ def hadamard_reweight(h: Tensor, w: Tensor) -> Tensor:
     check_one_of("the dtype of w on CUDA", w.dtype, DTYPES)
     if h.shape[-1] > MAX_DIM:
         raise ValueError(f"h must have d <= {MAX_DIM} on CUDA: got {h.shape[-1]}; use h.cpu()")
-    y: Tensor = HadamardReweight.apply(h, w)  # type: ignore[no-untyped-call]
+    y = HadamardReweight.apply(h, w)  # type: ignore[no-untyped-call]
     return y

@@ -1,8 +1,10 @@
 """The logit of each token's own label: checks, gradient and the choice of the path."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastalign_kernels import native
 from torch import Tensor
 
 from fastalign.ops._check import (
@@ -16,6 +18,8 @@ from fastalign.ops._check import (
 )
 from fastalign.ops._once import once
 from fastalign.reference.label_logits import label_logits as reference
+
+Gradients = tuple[Tensor | None, Tensor | None, None, Tensor | None]
 
 
 class LabelLogits(torch.autograd.Function):
@@ -38,17 +42,36 @@ class LabelLogits(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, labels)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         from fastalign_kernels.label_logits import label_logits_bwd_hidden, label_logits_bwd_weight
 
-        hidden, weight, labels = ctx.saved_tensors
-        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad
-        dhidden = dweight = dbias = None
-        if needs_hidden:
-            dhidden = once(label_logits_bwd_hidden, dy, weight, labels)
-        if needs_weight or needs_bias:
-            dweight, dbias = once(label_logits_bwd_weight, dy, hidden, labels, weight.shape[0])
-        return dhidden, dweight if needs_weight else None, None, dbias if needs_bias else None
+        return _backward(ctx, dy, label_logits_bwd_hidden, label_logits_bwd_weight)
+
+
+class LabelLogitsNative(LabelLogits):
+    """The same by the compiled kernels of the CPU."""
+
+    @staticmethod
+    def forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = native.label_logits_fwd(hidden, weight, labels, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        return _backward(ctx, dy, native.label_logits_bwd_hidden, native.label_logits_bwd_weight)
+
+
+def _backward(
+    ctx: Any, dy: Tensor, for_hidden: Callable[..., Tensor], for_weight: Callable[..., Any]
+) -> Gradients:
+    hidden, weight, labels = ctx.saved_tensors
+    needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad
+    dhidden = dweight = dbias = None
+    if needs_hidden:
+        dhidden = once(for_hidden, dy, weight, labels)
+    if needs_weight or needs_bias:
+        dweight, dbias = once(for_weight, dy, hidden, labels, weight.shape[0])
+    return dhidden, dweight if needs_weight else None, None, dbias if needs_bias else None
 
 
 def label_logits(
@@ -68,9 +91,9 @@ def label_logits(
 
     Returns:
         (t,) float32 (float64 for float64 inputs), 0 for ignored labels. Differentiable in `hidden`,
-        `weight` and `bias`, on CUDA once. The gradient of `weight` is dense, (v, d): writing it
-        costs most. Equal labels add up in float32, in the order of the tokens, after a stable sort
-        of the labels: the same result every time.
+        `weight` and `bias`, by a kernel (CUDA, and the CPU's compiled ones) once. The gradient of
+        `weight` is dense, (v, d): writing it costs most. Equal labels add up in float32, in the
+        order of the tokens, after a stable sort of the labels: the same result every time.
 
     Raises:
         TypeError: An argument is no tensor of the right kind.
@@ -89,11 +112,15 @@ def label_logits(
         check_floating(bias=bias)
         check_shape("bias", bias, (weight.shape[0],), "(v,)")
         check_same("dtype", "device", hidden=hidden, bias=bias)
+    y: Tensor
+    if native.takes(hidden):
+        y = LabelLogitsNative.apply(hidden, weight, labels, bias)  # type: ignore[no-untyped-call]
+        return y
     if not hidden.is_cuda:
         return reference(hidden, weight, labels, bias)
 
     from fastalign_kernels.label_logits import DTYPES
 
     check_one_of("the dtype of hidden on CUDA", hidden.dtype, DTYPES)
-    y: Tensor = LabelLogits.apply(hidden, weight, labels, bias)  # type: ignore[no-untyped-call]
+    y = LabelLogits.apply(hidden, weight, labels, bias)  # type: ignore[no-untyped-call]
     return y

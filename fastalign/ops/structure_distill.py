@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastalign_kernels import native
 from torch import Tensor
 
 from fastalign.ops import _structure_portable as portable
@@ -77,6 +78,24 @@ class StructureDistillPortable(StructureDistill):
     @staticmethod
     def backward(ctx: Any, dlosses: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, dlosses, portable.structure_distill_bwd)
+
+
+class StructureDistillNative(StructureDistill):
+    """The same by the compiled kernels of the CPU."""
+
+    @staticmethod
+    def forward(
+        student: Tensor, teacher: Tensor, cu_seqlens: Tensor | None, images: int, longest: int,
+        cosine: bool, negatives: str, keep: int,
+    ) -> Kept:  # fmt: skip
+        kept: Kept = native.structure_distill_fwd(
+            student, teacher, cu_seqlens, images, longest, cosine, negatives, keep
+        )
+        return kept
+
+    @staticmethod
+    def backward(ctx: Any, dlosses: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dlosses, native.structure_distill_bwd)
 
 
 def _backward(
@@ -185,14 +204,13 @@ def structure_distill(
         check_one_of("the dtype of student on CUDA", student.dtype, DTYPES)
         check_one_of("the dtype of teacher on CUDA", teacher.dtype, DTYPES)
 
-    function = StructureDistill if student.is_cuda else StructureDistillPortable
     return compute(
-        function, student, teacher, cu_seqlens, max_seqlen, similarity, negatives, level, reduction
+        None, student, teacher, cu_seqlens, max_seqlen, similarity, negatives, level, reduction
     )
 
 
 def compute(
-    function: type[StructureDistill],
+    function: type[StructureDistill] | None,
     student: Tensor,
     teacher: Tensor,
     cu_seqlens: Tensor | None = None,
@@ -202,7 +220,7 @@ def compute(
     level: str = "image",
     reduction: str = "mean",
 ) -> Tensor:
-    """`structure_distill` of checked arguments, by one of the functions above."""
+    """`structure_distill` of checked arguments, by one of the functions above or the best here."""
     if level == "batch":
         cu_seqlens, images, longest = None, 1, student.shape[:-1].numel()
     elif cu_seqlens is None:
@@ -212,6 +230,7 @@ def compute(
         longest = _longest(cu_seqlens, max_seqlen, student.shape[0])
         cu_seqlens = cu_seqlens.to(student.device, non_blocking=True)
     d = student.shape[-1]
+    function = function or _best(student, teacher, longest)
     keep = portable.NOTHING
     if torch.is_grad_enabled() and student.requires_grad:
         keep = portable.MATRIX if longest <= d else portable.GRADIENT
@@ -222,6 +241,13 @@ def compute(
     if cu_seqlens is None or reduction != "mean":
         return reduce(losses, reduction, images if longest else 0)
     return losses.sum() / (cu_seqlens.diff() > 0).sum().clamp_min(1)
+
+
+def _best(student: Tensor, teacher: Tensor, longest: int) -> type[StructureDistill]:
+    if student.is_cuda:
+        return StructureDistill
+    compiled = native.takes_structure(student, teacher, longest)
+    return StructureDistillNative if compiled else StructureDistillPortable
 
 
 def _longest(cu_seqlens: Tensor, max_seqlen: int | None, rows: int) -> int:

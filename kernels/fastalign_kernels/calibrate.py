@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign_kernels import _fakes
 from fastalign_kernels._op import DTYPES as DTYPES
 from fastalign_kernels._op import op
 
@@ -81,7 +82,7 @@ def _config(d: int) -> dict[str, int]:
 
 @op(
     "(Tensor x, Tensor vision_mask, Tensor scale, Tensor shift) -> Tensor",
-    fake=lambda x, vision_mask, scale, shift: x.new_empty(x.shape),
+    fake=_fakes.calibrate_fwd,
 )
 def calibrate_fwd(x: Tensor, vision_mask: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(..., d), (...) bool, (d,), (d,) -> (..., d) in the dtype of x."""
@@ -96,11 +97,7 @@ def calibrate_fwd(x: Tensor, vision_mask: Tensor, scale: Tensor, shift: Tensor) 
 
 @op(
     "(Tensor dy, Tensor x, Tensor vision_mask, Tensor scale) -> (Tensor, Tensor, Tensor)",
-    fake=lambda dy, x, vision_mask, scale: (
-        x.new_empty(x.shape),
-        scale.new_empty(scale.shape),
-        scale.new_empty(scale.shape),
-    ),
+    fake=_fakes.calibrate_bwd,
 )
 def calibrate_bwd(
     dy: Tensor, x: Tensor, vision_mask: Tensor, scale: Tensor

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign_kernels import _fakes
 from fastalign_kernels._op import DTYPES as DTYPES
 from fastalign_kernels._op import op
 
@@ -103,7 +104,7 @@ def _config(d: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 32)}
 
 
-@op("(Tensor h, Tensor w) -> Tensor", fake=lambda h, w: h.new_empty(h.shape))
+@op("(Tensor h, Tensor w) -> Tensor", fake=_fakes.hadamard_reweight_fwd)
 def hadamard_reweight_fwd(h: Tensor, w: Tensor) -> Tensor:
     """(..., d), (..., d) or (d,) -> (..., d) in the dtype of h."""
     h, w = h.contiguous(), w.contiguous()
@@ -117,10 +118,7 @@ def hadamard_reweight_fwd(h: Tensor, w: Tensor) -> Tensor:
 
 @op(
     "(Tensor dy, Tensor h, Tensor w, bool needs_w) -> (Tensor, Tensor)",
-    fake=lambda dy, h, w, needs_w: (
-        h.new_empty(h.shape),
-        w.new_empty(w.shape if needs_w else (0,)),
-    ),
+    fake=_fakes.hadamard_reweight_bwd,
 )
 def hadamard_reweight_bwd(dy: Tensor, h: Tensor, w: Tensor, needs_w: bool) -> tuple[Tensor, Tensor]:
     """dy (..., d) -> dh and dw in the shapes and dtypes of h and w; dw (0,) if not `needs_w`."""

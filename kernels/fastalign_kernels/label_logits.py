@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign_kernels import _fakes
 from fastalign_kernels._op import DTYPES as DTYPES
 from fastalign_kernels._op import op
 
@@ -126,9 +127,7 @@ def _config_weight(d: int) -> dict[str, int]:
 
 @op(
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias) -> Tensor",
-    fake=lambda hidden, weight, labels, bias: hidden.new_empty(
-        hidden.shape[0], dtype=torch.float32
-    ),
+    fake=_fakes.label_logits_fwd,
 )
 def label_logits_fwd(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
     """(t, d), (v, d), (t,), (v,) -> (t,) float32."""
@@ -146,7 +145,7 @@ def label_logits_fwd(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tenso
 
 @op(
     "(Tensor dy, Tensor weight, Tensor labels) -> Tensor",
-    fake=lambda dy, weight, labels: weight.new_empty(dy.shape[0], weight.shape[1]),
+    fake=_fakes.label_logits_bwd_hidden,
 )
 def label_logits_bwd_hidden(dy: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """dy (t,) float32 -> dhidden (t, d) in the dtype of weight."""
@@ -160,10 +159,7 @@ def label_logits_bwd_hidden(dy: Tensor, weight: Tensor, labels: Tensor) -> Tenso
 
 @op(
     "(Tensor dy, Tensor hidden, Tensor labels, SymInt v) -> (Tensor, Tensor)",
-    fake=lambda dy, hidden, labels, v: (
-        hidden.new_empty(v, hidden.shape[1]),
-        hidden.new_empty(v),
-    ),
+    fake=_fakes.label_logits_bwd_weight,
 )
 def label_logits_bwd_weight(
     dy: Tensor, hidden: Tensor, labels: Tensor, v: int
