@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import fastalign as fa
 from fastalign import checkpoint
-from fastalign._run import zero
+from fastalign._run import zero, zero_launch
 from fastalign.adapters import adapter_of
 from fastalign.testing.models import tiny_llava
 
@@ -229,7 +229,7 @@ def plugin(**changes):
 def test_the_loop_clips_and_accumulates():
     config = fa.TrainConfig(batch_size=3, gradient_accumulation_steps=4, max_grad_norm=0.5)
     asked = plugin(gradient_clipping=0.5, gradient_accumulation_steps=4, bf16={"enabled": False})
-    zero.configure(asked, config)
+    zero_launch.configure(asked, config)
     found = asked.deepspeed_config
     assert (found["gradient_clipping"], found["gradient_accumulation_steps"]) == (0.0, 1)
     assert found["train_micro_batch_size_per_gpu"] == 3
@@ -260,13 +260,13 @@ def test_the_loop_clips_and_accumulates():
 )
 def test_what_a_run_cannot_be_on_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        zero.configure(plugin(**changes), fa.TrainConfig())
+        zero_launch.configure(plugin(**changes), fa.TrainConfig())
 
 
 def test_weights_that_would_be_rounded_are_refused():
-    zero.check_dtypes([torch.zeros(1)])
+    zero_launch.check_dtypes([torch.zeros(1)])
     with pytest.raises(ValueError, match=r"must be float32 .*: got \['torch.float64'\]"):
-        zero.check_dtypes([torch.zeros(1), torch.zeros(1, dtype=torch.float64)])
+        zero_launch.check_dtypes([torch.zeros(1), torch.zeros(1, dtype=torch.float64)])
 
 
 @pytest.mark.parametrize("found", ["0.18.9", "none"])
@@ -280,7 +280,7 @@ def test_a_missing_or_old_deepspeed_is_named(monkeypatch, found):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ImportError, match=f"deepspeed>=0.19: got {found}; pip install deepspeed"):
-        zero.check_installed()
+        zero_launch.check_installed()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import objectives
-from fastalign._run import zero
+from fastalign._run import zero_launch
 from fastalign._run.failures import process_group
 from fastalign.adapters import NAME
 from fastalign.config import TrainConfig
@@ -163,8 +163,8 @@ def make_accelerator(config: TrainConfig) -> Any:
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if deepspeed:
         if parse_choice_from_env("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") == "none":
-            zero.check_stage(parse_choice_from_env("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-        zero.check_installed()
+            zero_launch.check_stage(parse_choice_from_env("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        zero_launch.check_installed()
     precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no" and (precision != "bf16" or not config.bf16):
         raise ValueError(
@@ -185,7 +185,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         _shard_on_cpus(accelerator)
     if deepspeed:
-        zero.on_cpus(accelerator)
+        zero_launch.on_cpus(accelerator)
     _check(accelerator, config)
     accelerator.gradient_accumulation_steps = 1  # the loop's shares are those of the whole step
     return accelerator
@@ -225,7 +225,7 @@ def _check(accelerator: Any, config: TrainConfig) -> None:
     if kind == "FSDP":
         _check_sharding(accelerator.state.fsdp_plugin, config)
     if kind == "DEEPSPEED":
-        zero.configure(accelerator.state.deepspeed_plugin, config)
+        zero_launch.configure(accelerator.state.deepspeed_plugin, config)
 
 
 def _check_sharding(plugin: Any, config: TrainConfig) -> None:

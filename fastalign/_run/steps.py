@@ -94,7 +94,8 @@ def steps_of(
         parameters: These, before an engine has seen them.
     """
     if accelerator.distributed_type.name == "DEEPSPEED":
-        from fastalign._run.zero import Handover, ZeroSteps, check_dtypes
+        from fastalign._run.zero import Handover, ZeroSteps
+        from fastalign._run.zero_launch import check_dtypes
 
         check_dtypes(parameters)
         groups = [dict(group) for group in optimizer.param_groups]
