@@ -5,7 +5,6 @@ the samples and the random numbers it draws follow from (seed, step, rank), so a
 repeats nothing and ends as an uninterrupted one.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from fastalign._run.prepare import (
     to_device,
     write_result,
 )
+from fastalign._run.steps import steps_of
 from fastalign._run.stream_order import lengths_of, sampler_of, watched
 from fastalign.config import CALConfig as CALConfig
 from fastalign.config import TrainConfig as TrainConfig
@@ -41,7 +41,6 @@ from fastalign.config import (
 )
 from fastalign.data._skip import Skips
 from fastalign.models import VLM, is_sharded
-from fastalign.models._side_stream import whole_tensor
 from fastalign.objectives import Terms
 from fastalign.progress import RunLog
 from fastalign.teachers import CachedTeacher, Teacher
@@ -118,15 +117,17 @@ def _train(
     cache = teacher if isinstance(teacher, CachedTeacher) else None
     optimizer = torch.optim.AdamW(parameter_groups(parameters, config), betas=config.betas)
     loss_of = Step(vlm, state, config)
-    step_module, optimizer = accelerator.prepare(loss_of, optimizer)
+    ends, optimizer = steps_of(accelerator, loss_of, optimizer, parameters)
+    step_module = ends.module
     sharded = is_sharded(step_module)
-    parameters = [p for p in vlm.model.parameters() if p.requires_grad]  # an engine's own by now
     folder, start, report = Path(config.output_dir), 0, None
     if accelerator.is_main_process:
         checkpoint.remove_leftovers(folder)
     found = checkpoint.newest_valid(folder) if config.resume else None
     if found:
-        stored = checkpoint.load(found, checkpoint.trained_tensors(vlm.model, state), optimizer)
+        stored = checkpoint.load(
+            found, checkpoint.trained_tensors(vlm.model, state), ends.optimizer
+        )
         check_same_run(stored["trainer.json"]["config"], config, found)
         start = stored["schedule.json"]["step"]
         if stored["trainer.json"]["classifier"]:
@@ -148,7 +149,7 @@ def _train(
     log = RunLog(config, folder, start, accelerator)
 
     batches = guard.follow(skips.follow(iter(loader)))
-    guard.watch(vlm, state, step_module, accelerator, sampler)
+    guard.watch(vlm, state, ends, accelerator, sampler)
     if found:
         log.restore(stored["log.safetensors"])
         random_states.restore_rank(stored["rng.safetensors"], accelerator)
@@ -168,30 +169,21 @@ def _train(
         guard.begin(micro, totals=totals, mutual=whole_step)
         shares: list[Terms] = []
         for number, (batch, mutual) in enumerate(zip(micro, whole_step, strict=True), 1):
-            with (
-                accelerator.no_sync(step_module)
-                if number < len(micro)
-                else contextlib.nullcontext()
-            ):
+            last = number == len(micro)
+            with ends.micro_batch(last):
                 more = {} if mutual is None else {"mutual": mutual}
                 terms = step_module(batch, totals=totals, **more)
-                # Gradients are averaged over ranks, and shares are to be added.
-                accelerator.backward(terms["loss"] * accelerator.num_processes)
+                ends.backward(terms["loss"], last)
             shares.append({name: value.detach() for name, value in terms.items()})
         values = _add(guard.with_inputs(shares), accelerator)
         if "weight_sum" in values:
             whole = values.pop("weight_sum").clamp_min(torch.finfo(torch.float32).tiny)
             values["loss"] = values["loss"] / whole
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.div_(whole)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = whole_tensor(nn.utils.get_total_norm(grads))
+            ends.divide(whole)
+        norm = ends.norm()
         if guard.accepts(values, norm):
-            if config.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            ends.take(norm, config.max_grad_norm)
+        ends.clear()
         done = step + 1
         values |= skips.counts(done)
         mir, rate = watch.after(done), optimizer.param_groups[0]["lr"]
@@ -200,12 +192,13 @@ def _train(
         if saves and cache is not None:
             cache.flush()
         generators = random_states.gather(accelerator) if saves else {}
+        moments = ends.moments() if saves else optimizer
         if saves and (sharded or accelerator.is_main_process):
             checkpoint.save(
                 folder,
                 done,
                 checkpoint.trained_tensors(vlm.model, state),
-                getattr(optimizer, "optimizer", optimizer),
+                moments,
                 {
                     "trainer.json": {
                         "config": asdict(config),

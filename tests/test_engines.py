@@ -208,7 +208,10 @@ def test_cal_is_not_compiled():
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "must be DDP or FSDP2: got DeepSpeed.*--use_fsdp"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            "ZeRO must be 2: got 3, which gathers weights .* --use_fsdp --fsdp_version 2",
+        ),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "got fp16 with bf16=False; set bf16: true"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "got bf16 with bf16=False; set bf16: true"),
         ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, "dynamo_backend .* set torch_compile: true"),

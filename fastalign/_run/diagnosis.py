@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign._run.looks import bad_input, is_finite, looking
+from fastalign._run.steps import Steps
 from fastalign.models import VLM, Batch, is_sharded
 from fastalign.objectives import DeepAlignState, Terms
 
@@ -92,6 +93,7 @@ class StepAgain:
         beginning: Of the step.
         accelerator: Of the run.
         module: What the engine wrapped.
+        ends: Of the run; None where gradients lie in the parameters.
     """
 
     vlm: VLM
@@ -102,6 +104,7 @@ class StepAgain:
     beginning: Beginning
     accelerator: Any
     module: nn.Module
+    ends: Steps | None = None
 
     def first(self) -> str | None:
         """The first tensor that is not finite, over all ranks, which all have to call this.
@@ -169,12 +172,20 @@ class StepAgain:
 
     def _backward(self) -> Finding | None:
         named = [(k, p) for k, p in self.vlm.model.named_parameters() if p.requires_grad]
-        whole = [k for k, p in named if p.grad is not None and not is_finite(p.grad)]
+        gradient: Callable[[Tensor], Tensor | None] = lambda p: p.grad
+        if self.ends is not None:
+            gradient = self.ends.gradient  # of all ranks together, where they lie in parts
+        whole = [k for k, p in named if (g := gradient(p)) is not None and not is_finite(g)]
         first: Finding | None = None
-        if not is_sharded(self.module):  # else there are no local gradients
+        local = not is_sharded(self.module) and (self.ends is None or self.ends.local)
+        if local:
             first = self._local(named)
         if first is None and whole:
-            anew = "" if is_sharded(self.module) else ", finite when the step was run again"
+            anew = (
+                ""
+                if is_sharded(self.module) or not local
+                else ", finite when the step was run again"
+            )
             first = _SUMMED, f"gradient of {whole[0]}, summed over the ranks{anew}"
         return first
 

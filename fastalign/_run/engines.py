@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign import objectives
+from fastalign._run import zero_launch
 from fastalign._run.failures import process_group
 from fastalign.adapters import NAME
 from fastalign.config import TrainConfig
@@ -159,13 +160,11 @@ def make_accelerator(config: TrainConfig) -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import parse_choice_from_env, parse_flag_from_env
 
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            "the engine must be DDP or FSDP2: got DeepSpeed, which keeps gradients to itself and "
-            "gathers the head's weights only inside its forward, but the loss reads rows of it and "
-            "a step's gradients are divided, measured and clipped after the backward; launch with "
-            "--use_fsdp --fsdp_version 2, which shards as ZeRO-3 does"
-        )
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if deepspeed:
+        if parse_choice_from_env("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") == "none":
+            zero_launch.check_stage(parse_choice_from_env("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        zero_launch.check_installed()
     precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no" and (precision != "bf16" or not config.bf16):
         raise ValueError(
@@ -185,6 +184,8 @@ def make_accelerator(config: TrainConfig) -> Any:
     )
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         _shard_on_cpus(accelerator)
+    if deepspeed:
+        zero_launch.on_cpus(accelerator)
     _check(accelerator, config)
     accelerator.gradient_accumulation_steps = 1  # the loop's shares are those of the whole step
     return accelerator
@@ -203,8 +204,8 @@ def _shard_on_cpus(accelerator: Any) -> None:
 
 def _check(accelerator: Any, config: TrainConfig) -> None:
     kind = accelerator.distributed_type.name
-    if kind != "FSDP" and kind not in _COPIES:
-        raise ValueError(f"the engine must be DDP or FSDP2: got {kind}")
+    if kind not in ("FSDP", "DEEPSPEED", *_COPIES):
+        raise ValueError(f"the engine must be DDP, FSDP2 or DeepSpeed's ZeRO-2: got {kind}")
     if getattr(accelerator, "parallelism_config", None) is not None:
         raise ValueError(
             "parallelism_config must be None: DDP and FSDP2 are supported; tensor, context and "
@@ -223,6 +224,8 @@ def _check(accelerator: Any, config: TrainConfig) -> None:
         )
     if kind == "FSDP":
         _check_sharding(accelerator.state.fsdp_plugin, config)
+    if kind == "DEEPSPEED":
+        zero_launch.configure(accelerator.state.deepspeed_plugin, config)
 
 
 def _check_sharding(plugin: Any, config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastalign._run.diagnosis import Beginning, StepAgain
 from fastalign._run.failures import (
@@ -26,6 +26,7 @@ from fastalign._run.failures import (
     short_of_memory,
 )
 from fastalign._run.looks import bad_input, unfit
+from fastalign._run.steps import Steps
 from fastalign.config import StepSampler, TrainConfig
 from fastalign.models import VLM
 from fastalign.objectives import DeepAlignState, Terms
@@ -73,7 +74,7 @@ class Guard:
         self,
         vlm: VLM,
         state: DeepAlignState | None,
-        module: nn.Module,
+        ends: Steps,
         accelerator: Any,
         sampler: Any,
     ) -> None:
@@ -81,10 +82,10 @@ class Guard:
 
         Args:
             vlm, state: The model and what its objective carries along.
-            module: What the engine made of the step: (batch, totals=, mutual=) -> terms.
+            ends: Of the run; their module is (batch, totals=, mutual=) -> terms.
             accelerator, sampler: Of the run.
         """
-        self._vlm, self._state, self._module = vlm, state, module
+        self._vlm, self._state, self._ends = vlm, state, ends
         self._accelerator, self._sampler = accelerator, sampler
         self._beginning = Beginning(vlm.model, state, accelerator.device)
 
@@ -160,14 +161,15 @@ class Guard:
             self._indices,
             self._beginning,
             self._accelerator,
-            self._module,
+            self._ends.module,
+            self._ends,
         )
         return again.describe(bad, self.step + 1)
 
     def _run(self, number: int) -> Terms:
         share = self._mutual[number]
         more = {} if share is None else {"mutual": share}
-        terms: Terms = self._module(self._micro[number], totals=self._totals, **more)
+        terms: Terms = self._ends.module(self._micro[number], totals=self._totals, **more)
         return terms
 
     def _indices(self, number: int) -> Sequence[int] | None:
