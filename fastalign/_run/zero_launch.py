@@ -9,7 +9,7 @@ from fastalign.config import TrainConfig
 
 OLDEST = (0, 19)
 
-# What a configuration may say beside the stage; each was tried, or is only about messages.
+# What a configuration may say beside the stage; another key might change what a step computes.
 _KEYS = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
