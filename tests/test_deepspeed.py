@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from _compared import equal_lines
 from safetensors.torch import load_file
 
 import fastalign as fa
@@ -136,15 +137,6 @@ def runs(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def equal_lines(actual, expected, tolerance):
-    pairs = [
-        [json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (expected, actual)
-    ]
-    for a, b in zip(*pairs, strict=True):
-        for key in a.keys() - {"peak_mib", "tokens_per_s", "images_per_s"}:
-            assert b[key] == pytest.approx(a[key], rel=tolerance, abs=tolerance / 10), key
 
 
 def equal_files(actual, expected, file, tolerance=1e-5):

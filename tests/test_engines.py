@@ -1,7 +1,6 @@
 """The same settings on accelerate's engines: DDP and FSDP2 train as one process does."""
 
 import importlib.util
-import json
 import subprocess
 import sys
 import warnings
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _compared import equal_lines
 from safetensors.torch import load_file
 
 import fastalign as fa
@@ -36,15 +36,6 @@ def runs(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def equal_lines(actual, expected, tolerance):
-    pairs = [
-        [json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (expected, actual)
-    ]
-    for a, b in zip(*pairs, strict=True):
-        for key in a.keys() - {"peak_mib", "tokens_per_s", "images_per_s"}:
-            assert b[key] == pytest.approx(a[key], rel=tolerance, abs=tolerance / 10), key
 
 
 def equal_files(actual, expected, file):
