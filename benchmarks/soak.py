@@ -18,8 +18,8 @@ heap        what Python allocated grows by less than 1 MB in the third run, whic
 tensors     no run has more tensors alive at the end than after the warm-up, or 10 KB more in them:
             batches differ in length.
 objects     nor, by Python's collector, a hundred objects more.
-throughput  steps take at most 5 % longer in the last quarter than in the first: medians, and the
-            median of the three runs, for which the machine must be otherwise idle.
+throughput  steps take at most 5 % more CPU time in the last quarter than in the first: medians, and
+            the median of the three runs. Other work on the machine slows a core down, too.
 repetition  the three runs have equal files of weights and of the optimizer, by SHA-256, and equal
             lines of metrics.jsonl but for their rates and memory.
 """
@@ -112,11 +112,11 @@ class Gauge:
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         if 0 < self._calls < self.steps:
-            self.seconds.append(time.perf_counter() - self._clock)
+            self.seconds.append(time.process_time() - self._clock)
             if self._calls % self.every == 0:
                 self.looks.append(tuple(look(self._calls)))
         self._calls += 1
-        self._clock = time.perf_counter()
+        self._clock = time.process_time()
         return collate(items)
 
 
@@ -279,9 +279,9 @@ def show(case: Soak, found: dict[str, Any], broken: Sequence[str]) -> None:
     row("tensors", "more alive", 1, "9.0f")
     row("tensor_bytes", "bytes more in them", 1, "9.0f")
     row("objects", "more, of the collector", 1, "9.0f")
-    row("median_s", "ms a step", 1e3)
-    row("throughput", "step time, last quarter by first", 1, "9.3f")
-    row("slope", "% of the step time in 1,000 steps", 100, "+9.2f")
+    row("median_s", "ms of CPU time a step", 1e3)
+    row("throughput", "CPU time of a step, last quarter by first", 1, "9.3f")
+    row("slope", "% of that time in 1,000 steps", 100, "+9.2f")
     for text in broken or ["every rule holds"]:
         print(text if not broken else f"BROKEN: {text}")
 
