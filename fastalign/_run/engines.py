@@ -206,11 +206,7 @@ def _check(accelerator: Any, config: TrainConfig) -> None:
     kind = accelerator.distributed_type.name
     if kind not in ("FSDP", "DEEPSPEED", *_COPIES):
         raise ValueError(f"the engine must be DDP, FSDP2 or DeepSpeed's ZeRO-2: got {kind}")
-    if getattr(accelerator, "parallelism_config", None) is not None:
-        raise ValueError(
-            "parallelism_config must be None: DDP and FSDP2 are supported; tensor, context and "
-            "sequence parallelism are not"
-        )
+    check_parallelism(accelerator)
     if accelerator.state.dynamo_plugin.backend.name != "NO":
         raise ValueError(
             "dynamo_backend of the launcher must be no: the step knows what of it can be compiled; "
@@ -226,6 +222,19 @@ def _check(accelerator: Any, config: TrainConfig) -> None:
         _check_sharding(accelerator.state.fsdp_plugin, config)
     if kind == "DEEPSPEED":
         zero_launch.configure(accelerator.state.deepspeed_plugin, config)
+
+
+def check_parallelism(accelerator: Any) -> None:
+    """Refuse what divides a model otherwise than by sharding its weights.
+
+    Raises:
+        ValueError: `accelerator` has a parallelism_config.
+    """
+    if getattr(accelerator, "parallelism_config", None) is not None:
+        raise ValueError(
+            "parallelism_config must be None: DDP and FSDP2 are supported; tensor, context and "
+            "sequence parallelism are not"
+        )
 
 
 def _check_sharding(plugin: Any, config: TrainConfig) -> None:

@@ -78,7 +78,7 @@ def memory_advice(config: TrainConfig) -> list[str]:
             f"batch_size={smaller} with gradient_accumulation_steps={more} (now {size} and "
             f"{micro}), which makes the same step"
         )
-    if getattr(config, "gradient_checkpointing", True) is False:
+    if not config.gradient_checkpointing:
         found.append("gradient_checkpointing=True")
     if config.max_length is None:
         found.append('max_length, with on_overflow="truncate" (now no limit)')

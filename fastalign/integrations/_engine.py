@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastalign import objectives
+from fastalign._run.engines import check_parallelism
 from fastalign.config import OBJECTIVES, CALConfig
 from fastalign.models import forward_of
 from fastalign.objectives import DeepAlignState, Terms
@@ -132,11 +133,7 @@ def check_engine(trainer: Any, late: bool, adapted: bool) -> None:
             "the Trainer must have one process a GPU, not nn.DataParallel: start it with torchrun "
             f"or accelerate launch; got {trainer.args.n_gpu} GPUs in one process"
         )
-    if getattr(trainer.accelerator, "parallelism_config", None) is not None:
-        raise ValueError(
-            "parallelism_config must be None: DDP and FSDP2 are supported; tensor, context and "
-            "sequence parallelism are not"
-        )
+    check_parallelism(trainer.accelerator)
     if trainer.is_deepspeed_enabled:
         if late:
             raise ValueError(
