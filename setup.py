@@ -6,43 +6,13 @@ and a C++ compiler are at hand, which means `pip install --no-build-isolation`; 
 pure Python. Everything else is in pyproject.toml.
 """
 
-import os
-import shlex
-import shutil
 import sys
-from typing import Any
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
-UNITS = ("avx2", "avx512", "avx512_bf16", "kernels", "ops", "plain", "structure_distill")
-FLAGS = ["-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
-FLAGS += ["-ffp-contract=off"]  # what cancels exactly cancels in every instruction set
-FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # of lanes wider than registers, and of GCC 12
-FLAGS += ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # 2.10 and later
-
-
-def extension() -> dict[str, Any]:
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError:
-        return {}
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if sys.platform != "linux" or not compiler or not shutil.which(compiler[0]):
-        return {}
-    compiled = CppExtension(
-        "fastalign_kernels._C",
-        ["csrc/module.c", *(f"csrc/cpu/{name}.cpp" for name in UNITS)],
-        depends=[f"csrc/cpu/{name}.h" for name in ("gram", "kernels", "lanes", "rows")],
-        extra_compile_args={"cxx": FLAGS},
-        py_limited_api=True,
-    )
-    return {
-        "ext_modules": [compiled],
-        "cmdclass": {"build_ext": BuildExtension},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
-
+sys.path.insert(0, str(Path(__file__).parent))  # a build from a wheel's front end lacks it
+from csrc.build import extension  # noqa: E402
 
 setup(
     package_dir={"fastalign_kernels": "kernels/fastalign_kernels"},

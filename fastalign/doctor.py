@@ -56,7 +56,6 @@ def _ops() -> list[dict[str, str]]:
     from fastalign import linalg, losses, ops
 
     cuda = torch.cuda.is_available()
-    lacking = [name for name in ("triton", "fastalign_kernels") if not _found(name)]
     rows = []
     for group in (ops, losses, linalg):
         for name in group.__all__:
@@ -67,13 +66,24 @@ def _ops() -> list[dict[str, str]]:
                 path, why = "torch", "no kernel of its own"
             elif not cuda:
                 path, why = _path_on_cpu(name)
-            elif lacking:
-                path, why = "error", f"not installed, but needed on CUDA: {', '.join(lacking)}"
+            elif not _found("triton"):
+                path, why = _path_without_triton(name)
             else:
                 path, why = "triton", f"CUDA tensors; {_path_on_cpu(name)[0]} for those on the CPU"
             module = group.__name__.removeprefix("fastalign.")
             rows.append({"op": f"{module}.{name}", "path": path, "why": why})
     return rows
+
+
+def _path_without_triton(op: str) -> tuple[str, str]:
+    """Path and reason of an op with a kernel, for tensors on CUDA."""
+    from fastalign_kernels import native
+
+    if op not in native.CUDA_OPS:
+        return "torch", "triton is not installed"
+    if native.CUDA_OBSTACLE is not None:
+        return "torch", f"triton is not installed; compiled kernels: {native.CUDA_OBSTACLE}"
+    return "compiled", "CUDA tensors, as triton is not installed; torch for float64"
 
 
 def _path_on_cpu(op: str) -> tuple[str, str]:

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from _emulated import UNUSABLE as NOT_EMULATED
+from _emulated import emulated as skip_if_not_emulated
 from fastalign_kernels import native
 
 BEST = native.instructions()
@@ -54,11 +56,15 @@ class Paths:
         kernel: The Function of the Triton kernels, which on a CPU `public` passes by.
         reference: The reference, which `public` passes by where a kernel is in use.
         native: The Function of the compiled kernels.
+        emulated: That of their CUDA part, run on the CPU, where the op has one.
     """
 
-    def __init__(self, public: Any, kernel: Any, reference: Any, native: Any) -> None:
+    def __init__(
+        self, public: Any, kernel: Any, reference: Any, native: Any, emulated: Any = None
+    ) -> None:
         self.fixed = {"public": public, "kernel": kernel, "reference": reference}
         self.compiled = {name: Compiled(native, name) for name in INSTRUCTIONS}
+        self.emulated = {} if emulated is None else {"emulated": emulated}
 
     @property
     def every(self) -> pytest.MarkDecorator:
@@ -74,6 +80,7 @@ class Paths:
     def usable(self) -> list[Any]:
         """All that run here, for a test that draws its inputs."""
         found = [fn for name, fn in self.compiled.items() if UNUSABLE[name] is None]
+        found += self.emulated.values() if NOT_EMULATED is None else []
         return [*self.fixed.values(), *found]
 
     def _parametrize(self, *fixed: str) -> pytest.MarkDecorator:
@@ -81,5 +88,9 @@ class Paths:
         found += [
             pytest.param(fn, id=f"native-{name}", marks=compiled(name))
             for name, fn in self.compiled.items()
+        ]
+        found += [
+            pytest.param(fn, id=f"native-{name}", marks=skip_if_not_emulated)
+            for name, fn in self.emulated.items()
         ]
         return pytest.mark.parametrize("fn", found)

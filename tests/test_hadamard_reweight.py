@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _emulated import HadamardReweightEmulated
 from _paths import Paths
 from fastalign_kernels import hadamard_reweight as kernels
 from hypothesis import given
@@ -15,7 +16,9 @@ from fastalign.testing import assert_matches_reference, cases, value_and_grads
 
 public = fa.ops.hadamard_reweight
 fused = HadamardReweight.apply  # which the public function passes by on a CPU
-paths = Paths(public, fused, reference, HadamardReweightNative.apply)
+paths = Paths(
+    public, fused, reference, HadamardReweightNative.apply, HadamardReweightEmulated.apply
+)
 WIDTHS = (1, 2, 3, 5, 7, 8, 9)
 
 

@@ -12,9 +12,9 @@
 
 #include <cstdint>
 
-namespace fastalign {
+#include "../types.h"
 
-enum class Type : int { float32, float16, bfloat16 };
+namespace fastalign {
 
 // One row of h, w, u = w h. Shapes (d,).
 struct Kernels {

@@ -1,4 +1,4 @@
-"""Structure distillation on any device but CUDA: no whole similarity matrix, half the products.
+"""Structure distillation by torch operations: no whole similarity matrix, half the products.
 
 The equations are those of `fastalign_kernels.structure_distill`, in float32 (float64 for float64
 inputs) on rows that were divided by their norm. Panels of rows, from the diagonal on, stand for
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from fastalign_kernels import native
 from torch import Tensor
 
 from fastalign.ops._autocast import no_autocast
@@ -59,9 +60,12 @@ def _norms(x: Tensor) -> Tensor:
 
 def _rows(x: Tensor, dtype: torch.dtype, cosine: bool) -> tuple[Tensor, Tensor]:
     """A copy of the rows (..., d), over their norms with `cosine`; and 1 / |x|, (..., 1), or 0."""
-    x = x.to(dtype, copy=True)
+    stored, x = x, x.to(dtype, copy=True)
     if not cosine:
         return x, x.new_ones(*x.shape[:-1], 1)
+    if dtype == torch.float32 and native.takes_cuda(stored):
+        inverse = native.inverse_norms(stored.reshape(-1, x.shape[-1])).view(*x.shape[:-1], 1)
+        return x.mul_(inverse), inverse
     norm = _norms(x)
     if ((norm > 1e-15) & (norm < 1e15)).all():
         inverse = norm.reciprocal_()

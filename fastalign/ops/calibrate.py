@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastalign.ops._check import check_floating, check_one_of, check_same, check_shape
 from fastalign.ops._once import once
+from fastalign.ops._path import on_triton
 from fastalign.reference.calibrate import calibrate as reference
 
 
@@ -87,7 +88,7 @@ def calibrate(x: Tensor, vision_mask: Tensor, scale: Tensor, shift: Tensor) -> T
     if native.takes(x, scale, shift):
         y = CalibrateNative.apply(x, vision_mask, scale, shift)  # type: ignore[no-untyped-call]
         return y
-    if not x.is_cuda:
+    if not on_triton(x):
         return reference(x, vision_mask, scale, shift)
 
     from fastalign_kernels.calibrate import DTYPES

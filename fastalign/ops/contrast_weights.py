@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops._check import check_cu_seqlens, check_dim, check_floating, check_one_of
+from fastalign.ops._path import on_triton
 from fastalign.reference.contrast_weights import contrast_weights as reference
 
 
@@ -71,7 +72,7 @@ def contrast_weights(
                 'leave it out, or use compat="paper"'
             )
         check_cu_seqlens(cu_seqlens, delta.shape[0], "delta")
-    if not delta.is_cuda or delta.dtype == torch.float64:
+    if not on_triton(delta) or delta.dtype == torch.float64:
         return reference(delta, cu_seqlens, clamp, window, compat)
 
     from fastalign_kernels.contrast_weights import DTYPES

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastalign.ops._check import check_floating, check_one_of, check_same
 from fastalign.ops._once import once
+from fastalign.ops._path import on_triton
 from fastalign.reference.hadamard_reweight import hadamard_reweight as reference
 
 
@@ -36,7 +37,7 @@ class HadamardReweight(torch.autograd.Function):
 
 
 class HadamardReweightNative(HadamardReweight):
-    """The same by the compiled kernels of the CPU."""
+    """The same by the compiled kernels."""
 
     @staticmethod
     def forward(h: Tensor, w: Tensor) -> Tensor:
@@ -87,10 +88,10 @@ def hadamard_reweight(h: Tensor, w: Tensor) -> Tensor:
             f"got {tuple(w.shape)} and {tuple(h.shape)}"
         )
     y: Tensor
-    if native.takes(h, w):
+    if native.takes(h, w) or (not on_triton(h) and native.takes_cuda(h, w)):
         y = HadamardReweightNative.apply(h, w)  # type: ignore[no-untyped-call]
         return y
-    if not h.is_cuda:
+    if not on_triton(h):
         return reference(h, w)
 
     from fastalign_kernels.hadamard_reweight import DTYPES, MAX_DIM

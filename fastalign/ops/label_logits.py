@@ -17,6 +17,7 @@ from fastalign.ops._check import (
     check_shape,
 )
 from fastalign.ops._once import once
+from fastalign.ops._path import on_triton
 from fastalign.reference.label_logits import label_logits as reference
 
 Gradients = tuple[Tensor | None, Tensor | None, None, Tensor | None]
@@ -116,7 +117,7 @@ def label_logits(
     if native.takes(hidden):
         y = LabelLogitsNative.apply(hidden, weight, labels, bias)  # type: ignore[no-untyped-call]
         return y
-    if not hidden.is_cuda:
+    if not on_triton(hidden):
         return reference(hidden, weight, labels, bias)
 
     from fastalign_kernels.label_logits import DTYPES

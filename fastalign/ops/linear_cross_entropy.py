@@ -19,6 +19,7 @@ from fastalign.ops._check import (
     check_shape,
 )
 from fastalign.ops._once import once
+from fastalign.ops._path import on_triton
 from fastalign.reference import CrossEntropy
 
 Grads = tuple[Tensor | None, ...]
@@ -265,14 +266,14 @@ def linear_cross_entropy(
     if softcap is not None:
         check_positive("softcap", softcap)
     _check_labels(labels, vocabulary, ignore_index)
-    if hidden.is_cuda:
+    if on_triton(hidden):
         from fastalign_kernels.linear_cross_entropy import DTYPES
 
         check_one_of("the dtype of hidden on CUDA", hidden.dtype, DTYPES)
         check_one_of("the dtype of weight on CUDA", weight.dtype, DTYPES)
     result = compute(
-        not hidden.is_cuda, hidden, weight, labels, token_weights, bias, ignore_index, logit_scale,
-        softcap, reduction,
+        not on_triton(hidden), hidden, weight, labels, token_weights, bias, ignore_index,
+        logit_scale, softcap, reduction,
     )  # fmt: skip
     return result if details else result.loss
 

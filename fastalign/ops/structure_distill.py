@@ -19,6 +19,7 @@ from fastalign.ops._check import (
     check_width,
 )
 from fastalign.ops._once import once
+from fastalign.ops._path import on_triton
 from fastalign.reference._rows import reduce
 
 NEGATIVES = ("keep", "clip", "clip_teacher")
@@ -198,7 +199,7 @@ def structure_distill(
             "to the student's grid"
         )
     check_width(student=student, teacher=teacher)
-    if student.is_cuda:
+    if on_triton(student):
         from fastalign_kernels.structure_distill import DTYPES
 
         check_one_of("the dtype of student on CUDA", student.dtype, DTYPES)
@@ -244,7 +245,7 @@ def compute(
 
 
 def _best(student: Tensor, teacher: Tensor, longest: int) -> type[StructureDistill]:
-    if student.is_cuda:
+    if on_triton(student):
         return StructureDistill
     compiled = native.takes_structure(student, teacher, longest)
     return StructureDistillNative if compiled else StructureDistillPortable

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastalign.ops._autocast import no_autocast
 from fastalign.ops._check import check_floating, check_one_of, check_same, check_shape
 from fastalign.ops._once import once
+from fastalign.ops._path import on_triton
 from fastalign.reference._rows import wide
 
 PANEL = 128  # columns that the portable path computes at a time
@@ -149,7 +150,7 @@ def syrk(
     if beta == 0:
         y = None
     function: type[Syrk] = SyrkPortable
-    if x.is_cuda and x.dtype != torch.float64:
+    if on_triton(x) and x.dtype != torch.float64:
         from fastalign_kernels.syrk import DTYPES
 
         check_one_of("the dtype of x on CUDA", x.dtype, DTYPES)

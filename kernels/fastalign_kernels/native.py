@@ -1,6 +1,7 @@
 """The compiled kernels of `csrc`, where they were built: `torch.ops.fastalign.<name>.native`.
 
-They have the names and arguments of the Triton launchers and run on the CPU. Imports torch only.
+They have the names and arguments of the Triton launchers and run on the CPU; some of them on CUDA,
+too. Imports torch only.
 """
 
 # mypy: allow-untyped-calls
@@ -51,24 +52,50 @@ OBSTACLE = _load()
 """Why the compiled kernels are not in use; None where they are."""
 
 
+def _cuda_obstacle() -> str | None:
+    if OBSTACLE is not None:
+        return OBSTACLE
+    if not _overloads("native_cuda_obstacle"):
+        return "built without nvcc"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return torch.ops.fastalign.native_cuda_obstacle() or None
+
+
+CUDA_OBSTACLE = _cuda_obstacle()
+"""Why those for CUDA are not; None where they can be. No GPU is touched to know it."""
+
 OPS = ("calibrate", "hadamard_reweight", "label_logits", "structure_distill")
 """Those that have compiled kernels."""
 
+CUDA_OPS = ("hadamard_reweight",)
+"""Those that have them for CUDA, too."""
 
-def _operator(name: str) -> Callable[..., Any]:
+MAX_DIM = 16384
+"""Numbers of a row that fit the registers of a block on CUDA."""
+
+
+def register(name: str, overload: str) -> Callable[..., Any]:
     """The operator with its fake and its rule for vmap, as `fastalign_kernels._op.op` makes it."""
-    if OBSTACLE is not None:
-
-        def absent(*_: object) -> None:
-            raise RuntimeError(f"the compiled kernels are not in use: {OBSTACLE}")
-
-        return absent
-    full = f"fastalign::{name}.native"
-    operator: Callable[..., Any] = getattr(torch.ops.fastalign, name).native
+    full = f"fastalign::{name}.{overload}"
+    operator: Callable[..., Any] = getattr(getattr(torch.ops.fastalign, name), overload)
     torch.library.register_fake(full, getattr(_fakes, name), lib=_LIBRARY)
-    _LIBRARY.impl(f"{name}.native", torch.library.fallthrough_kernel, "Autograd")
+    _LIBRARY.impl(f"{name}.{overload}", torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_vmap(full, one_by_one(operator), lib=_LIBRARY)
     return operator
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    why = OBSTACLE
+    if why is None and "native" not in _overloads(name):  # only CUDA has it
+        why = CUDA_OBSTACLE
+    if why is None:
+        return register(name, "native")
+
+    def absent(*_: object) -> None:
+        raise RuntimeError(f"the compiled kernels are not in use: {why}")
+
+    return absent
 
 
 hadamard_reweight_fwd = _operator("hadamard_reweight_fwd")
@@ -80,12 +107,24 @@ label_logits_bwd_hidden = _operator("label_logits_bwd_hidden")
 label_logits_bwd_weight = _operator("label_logits_bwd_weight")
 structure_distill_fwd = _operator("structure_distill_fwd")
 structure_distill_bwd = _operator("structure_distill_bwd")
+inverse_norms = _operator("inverse_norms")
 
 
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernels run on these: all on the CPU, in types that they know."""
     return OBSTACLE is None and all(
         t is None or (t.device.type == "cpu" and t.dtype in DTYPES) for t in tensors
+    )
+
+
+def takes_cuda(x: Tensor, *others: Tensor) -> bool:
+    """Whether those for CUDA run on these: rows on one GPU, in types and of a length they know."""
+    return (
+        CUDA_OBSTACLE is None
+        and x.is_cuda
+        and x.shape[-1] <= MAX_DIM
+        and all(t.dtype in DTYPES for t in (x, *others))
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
     )
 
 
