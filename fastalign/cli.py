@@ -309,7 +309,8 @@ def plan(argv: list[str]) -> None:
 
 def doctor(argv: list[str]) -> None:
     """Say what is installed, and which path each op takes here and why."""
-    options = parse(Doctor, argv, "doctor")
+    # It is what says which extras are missing: without options it runs without all of them.
+    options = parse(Doctor, argv, "doctor") if argv else Doctor()
     report = examine()
     table(
         "Versions", ("package", "version"), [(k, v or "-") for k, v in report["versions"].items()]

@@ -124,7 +124,7 @@ def test_unexpected_errors_keep_their_trace(monkeypatch):
 
 def test_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    assert 'pip install "fastalign[hf]"' in fails(capsys, "doctor")
+    assert 'pip install "fastalign[hf]"' in fails(capsys, "train")
 
 
 # -- settings ------------------------------------------------------------------------------------

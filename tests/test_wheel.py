@@ -1,5 +1,6 @@
 """What is installed: both packages with their data, from every way in, importable anywhere."""
 
+import email
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import fastalign
 
 ROOT = Path(__file__).parents[1]
 # Run far from the checkout: what only a working directory provides must not be found.
@@ -44,27 +47,35 @@ def call(*command, cwd, **env):
     return done.stdout
 
 
-def copy_of_the_checkout(folder):
-    """The files that git would carry, without what builds left in the working tree."""
+def carried():
+    """The names that git would carry, without what builds left in the working tree."""
     listed = call("git", "ls-files", "-co", "--exclude-standard", "-z", cwd=ROOT).split("\0")
-    for name in filter(None, listed):
+    return {name for name in listed if name and (ROOT / name).is_file()}
+
+
+def copy_of_the_checkout(folder):
+    for name in carried():
         target = folder / name
-        if (ROOT / name).is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((ROOT / name).read_bytes())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
     return folder
 
 
-PURE = {"CXX": "no-such-compiler"}  # as with build isolation, where torch is absent
+# As with build isolation, where torch is absent; the time of a release is that of its commit.
+PURE = {"CXX": "no-such-compiler", "SOURCE_DATE_EPOCH": "1800000000"}
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("c++") is None, reason="no C++ compiler is installed"
 )
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def source(tmp_path_factory):
+    return copy_of_the_checkout(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory):
     """Wheel built from the sdist, and the sdist."""
-    source = copy_of_the_checkout(tmp_path_factory.mktemp("source"))
     out = tmp_path_factory.mktemp("dist")
     call(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out, **PURE)
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
@@ -101,25 +112,111 @@ def test_wheel_from_the_sdist_imports_anywhere(built, tmp_path):
 
 
 def test_wheel_holds_the_packages_and_nothing_else(built):
-    wheel, _ = built
-    names = zipfile.ZipFile(wheel).namelist()
-    tops = {name.split("/")[0] for name in names}
-    assert {t for t in tops if not t.endswith(".dist-info")} == {"fastalign", "fastalign_kernels"}
-    assert any(name.endswith("entry_points.txt") for name in names)
-    assert "fastalign/demo/assets/base/model.safetensors" in names
-    assert sum(name.startswith("fastalign/demo/assets/sprites/") for name in names) == 24
-    assert any(name.endswith("LICENSE-OFL.txt") for name in names)
-    assert not any(name.endswith((".so", ".cpp", ".h")) for name in names)
-    # No folder of the wheel may shadow Hugging Face's package `kernels`.
-    assert not any(name.startswith("kernels/") for name in names)
+    names = set(zipfile.ZipFile(built[0]).namelist())
+    about = {name for name in names if name.split("/")[0].endswith(".dist-info")}
+    # No folder of it may shadow Hugging Face's package `kernels`; no tests, benchmarks or csrc.
+    packages = {
+        name.removeprefix("kernels/")
+        for name in carried()
+        if name.startswith(("fastalign/", "kernels/fastalign_kernels/"))
+    }
+    assert {"fastalign/py.typed", "fastalign_kernels/py.typed"} <= packages
+    assert "fastalign/demo/assets/base/model.safetensors" in packages
+    assert sum(name.startswith("fastalign/demo/assets/sprites/") for name in packages) == 24
+    assert names - about == packages
+    assert {Path(name).name for name in about} == {
+        *("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt"),
+        *("LICENSE", "LICENSE-OFL.txt"),
+    }
 
 
-def test_sdist_holds_the_sources_of_the_compiled_kernels(built):
+def test_sdist_holds_the_repository(built):
     with tarfile.open(built[1]) as archive:
-        names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    assert {"csrc/module.c", "csrc/cpu/rows.h"} <= sources <= names
-    assert not any(name.endswith((".so", ".o")) for name in names)
+        files = {member.name.split("/", 1)[-1] for member in archive if member.isfile()}
+    made = {name for name in files if name.startswith("fastalign.egg-info/")}
+    # A file left out would be missed by those who build from it, so each is named here.
+    assert files - made - {"PKG-INFO", "setup.cfg"} == carried() - {".ci/run", ".gitignore"}
+    assert {"csrc/module.c", "csrc/cpu/rows.h", "LICENSE", "constraints.txt"} <= files
+
+
+def test_wheel_of_the_checkout_is_that_of_the_sdist_byte_for_byte(built, source, tmp_path):
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path)
+    call(*build, source, cwd=tmp_path, **PURE)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == built[0].name
+    assert wheel.read_bytes() == built[0].read_bytes()
+
+
+def test_metadata(built):
+    archive = zipfile.ZipFile(built[0])
+    (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+    about = email.message_from_bytes(archive.read(name))
+    assert (about["Name"], about["Version"]) == ("fastalign", fastalign.__version__)
+    assert built[1].name == f"fastalign-{fastalign.__version__}.tar.gz"
+    assert about["License-Expression"] == "Apache-2.0 AND OFL-1.1"
+    assert about["Description-Content-Type"] == "text/markdown"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert about.get_payload(decode=True).decode() == readme
+    # Three and no more are installed beside torch; each extra is explained to who installs it.
+    always = [line for line in about.get_all("Requires-Dist") if "extra ==" not in line]
+    names = [re.match(r"[\w-]+", line)[0] for line in always]
+    assert names == ["torch", "numpy", "safetensors", "torchmetrics", "triton"]
+    rows = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([\w-]+)` +\|", rows, re.M)) == set(
+        about.get_all("Provides-Extra")
+    )
+    lowest = about["Requires-Python"].removeprefix(">=")
+    versions = [c.split(" :: ")[-1] for c in about.get_all("Classifier") if "Python :: 3." in c]
+    assert versions[0] == lowest and versions == sorted(versions, key=lambda v: int(v[2:]))
+
+
+# Leaves to be found what an installation without extras brings, and nothing else.
+BARE = """
+import importlib.metadata as metadata, re, sys
+from importlib.machinery import PathFinder
+from packaging.requirements import Requirement
+
+def normal(name): return re.sub(r"[-_.]+", "-", name).lower()
+
+wanted, allowed = ["fastalign"], set()
+while wanted:
+    name = normal(wanted.pop())
+    if name not in allowed:
+        allowed.add(name)
+        needs = map(Requirement, metadata.requires(name) or [])
+        wanted += [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
+held = metadata.packages_distributions()
+hidden = {module for module, names in held.items() if not {*map(normal, names)} & allowed}
+assert {"transformers", "tyro", "rich", "PIL", "yaml"} <= hidden
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in hidden else PathFinder.find_spec(name, path, target)
+
+    @staticmethod
+    def find_distributions(*context):
+        found = PathFinder.find_distributions(*context)
+        return (each for each in found if normal(each.metadata["Name"]) in allowed)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+"""
+
+
+def test_without_extras_the_first_example_and_doctor_run(built, tmp_path):
+    target, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target)
+    call(*pip, built[0], cwd=empty)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    assert "structure_distill" in first
+    code = BARE + first + "from fastalign.cli import main\nraise SystemExit(main(['doctor']))"
+    shown = call(sys.executable, "-c", code, cwd=empty, PYTHONPATH=str(target))
+    assert re.search(r"^  transformers +-$", shown, re.M)
+    assert re.search(rf"^  fastalign +{re.escape(fastalign.__version__)}$", shown, re.M)
+    assert re.search(r"^  hf +no +transformers, accelerate", shown, re.M)
+    assert "losses.structure_distill" in shown
 
 
 @needs_compiler

@@ -220,7 +220,8 @@ def adapter_parameters(adapter: AdapterConfig, model: Any) -> Mapping[str, int]:
         Of "shifts", "decoder_shifts" and "calibrations", and their "total".
 
     Raises:
-        TypeError, ValueError: As `attach` would.
+        TypeError: As `attach` would.
+        ValueError: As `attach` would.
     """
     with torch.device("meta"):
         parts = build_parts(adapter, config_of(model))

@@ -1,5 +1,6 @@
 """What every command does with its arguments, its tables, its files and its progress."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -40,7 +41,11 @@ def _finite(data: Any) -> Any:
 def table(
     title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: bool = False
 ) -> None:
-    """A table on stdout; `right` aligns its cells there."""
+    """A table on stdout, plain where rich is not installed; `right` aligns its cells there."""
+    if importlib.util.find_spec("rich") is None:
+        _plain_table(title, [header, *rows], right)
+        return
+
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -51,6 +56,15 @@ def table(
     for row in rows:
         shown.add_row(*(escape(cell) for cell in row))
     Console().print(shown)
+
+
+def _plain_table(title: str, rows: Sequence[Sequence[str]], right: bool) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(f"\n{title}")
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        padded = (cell.rjust(width) if right else cell.ljust(width) for cell, width in cells)
+        print(f"  {'  '.join(padded)}".rstrip())
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class ModalityIntegrationRate(Metric):
     Raises:
         ValueError: A setting is not one of the above.
 
-    Example:
+    Examples:
         >>> metric = ModalityIntegrationRate(num_layers=2, dim=4)
         >>> metric.update([torch.randn(9, 4)] * 2, [torch.randn(7, 4)] * 2)
         >>> metric.compute(), metric.per_layer()  # scalar, (2,)
