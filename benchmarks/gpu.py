@@ -3,10 +3,11 @@
     python -m benchmarks.gpu --out DIR [--minutes 9] [--stage NAME ...] [--again] [--tiny]
 
 Stages, each in a process of its own: correctness (the ops' tests on CUDA, compute-sanitizer, CUDA
-graphs, more than 2^31 elements), tune (launch configurations that beat the current ones), benchmark
-(every op at the shapes of named models), step (training steps of 7B models). Each writes
-DIR/<stage>.json after every unit of its work; run again, a stage that is there is skipped and one
-that was cut off goes on where it was. The exit status is 0 when every stage has passed.
+graphs, more than 2^31 elements), attention (the back ends of packed attention that are installed),
+tune (launch configurations that beat the current ones), benchmark (every op at the shapes of named
+models), step (training steps of 7B models). Each writes DIR/<stage>.json after every unit of its
+work; run again, a stage that is there is skipped and one that was cut off goes on where it was. The
+exit status is 0 when every stage has passed.
 """
 
 import argparse
@@ -35,6 +36,7 @@ class Stage(NamedTuple):
 
 STAGES = {
     "correctness": Stage("benchmarks._gpu_correctness", 3),
+    "attention": Stage("benchmarks._gpu_attention", 1),
     "tune": Stage("benchmarks.tune", 2),
     "benchmark": Stage("benchmarks._gpu_benchmark", 3),
     "step": Stage("benchmarks._gpu_step", 3),

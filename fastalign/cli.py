@@ -318,8 +318,11 @@ def doctor(argv: list[str]) -> None:
     devices = [(d["name"], d["kind"], d["detail"]) for d in report["devices"]]
     table("Devices", ("device", "kind", ""), devices)
     table("Ops", ("op", "path", "why"), [(o["op"], o["path"], o["why"]) for o in report["ops"]])
-    backends = [(b["name"], "yes" if b["usable"] else "no", b["why"]) for b in report["attention"]]
-    table("Packed attention", ("back end", "usable", "why"), backends)
+    backends = [
+        (b["name"], b["version"] or "-", "yes" if b["usable"] else "no", b["why"])
+        for b in report["attention"]
+    ]
+    table("Packed attention", ("back end", "version", "usable", "why"), backends)
     extras = [
         (name, "yes" if not missing else "no", ", ".join(missing))
         for name, missing in report["extras"].items()

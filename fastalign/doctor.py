@@ -102,7 +102,7 @@ def _path_on_cpu(op: str) -> tuple[str, str]:
 
 
 def _attention() -> list[dict[str, Any]]:
-    """The back ends of packed attention: which can run here, and where each is taken."""
+    """The back ends of packed attention: which can run here, where each is taken, and why not."""
     import torch
 
     from fastalign.models import _packed
@@ -122,8 +122,13 @@ def _attention() -> list[dict[str, Any]]:
             reasons.append(_packed.obstacle(name, device, dtypes[0]))
         usable = None in reasons
         why = f"taken on {', '.join(taken)}" if taken else "when named" if usable else reasons[0]
+        if name == "flash-attn" and usable and not taken:
+            why = "taken with a softcap, else when named"
         installed = not (reasons[0] or "").startswith("not installed")
-        rows.append({"name": name, "installed": installed, "usable": usable, "why": why})
+        package = _packed.LIBRARIES[name].package if name in _packed.LIBRARIES else None
+        version = _version(package or "torch") if installed else None
+        row = {"name": name, "version": version, "installed": installed, "usable": usable}
+        rows.append({**row, "why": why})
     return rows
 
 

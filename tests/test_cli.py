@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from fastalign_kernels import native
 from PIL import Image
 
 from fastalign import cli, doctor
-from fastalign.models import _packed_attention
+from fastalign.models import _packed_limits
 from fastalign.train import TrainConfig
 
 
@@ -392,16 +393,27 @@ def test_doctor_says_which_attention_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     ages = {0: (9, 0), 1: (7, 5)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ages[device.index])
-    monkeypatch.setattr(_packed_attention, "_found", lambda m: m not in ("flash_attn", "xformers"))
+    optional = ("flash_attn", "flash_attn.cute", "xformers.ops")
+    monkeypatch.setattr(_packed_limits, "_found", lambda m: m not in optional)
+    monkeypatch.setattr(_packed_limits, "_import_error", lambda name: None)
     rows = {row["name"]: row for row in doctor._attention()}
     assert rows["varlen"]["why"] == "taken on cuda:0 (bfloat16)"
     assert rows["sdpa"]["why"] == "taken on cuda:0 (float32), cuda:1 (bfloat16, float32), cpu"
-    assert rows["flex"] == {"name": "flex", "installed": True, "usable": True, "why": "when named"}
-    for name in ("flash-attn", "xformers"):
+    here = {"version": version("torch"), "installed": True, "usable": True}
+    assert rows["flex"] == {"name": "flex", **here, "why": "when named"}
+    for name in ("flash-attn-4", "xformers"):
         assert not rows[name]["usable"] and not rows[name]["installed"]
         assert rows[name]["why"] == f'not installed: pip install "fastalign[{name}]"'
-    monkeypatch.setattr(_packed_attention, "_found", lambda m: True)
-    assert {row["name"] for row in doctor._attention() if row["usable"]} == set(rows)
+        assert rows[name]["version"] is None
+    monkeypatch.setattr(_packed_limits, "_found", lambda m: True)
+    rows = {row["name"]: row for row in doctor._attention()}
+    assert all(row["usable"] for row in rows.values())
+    assert rows["flash-attn"]["why"] == "taken with a softcap, else when named"
+    broken = "cannot be imported (ImportError: libcudart.so.12)"
+    monkeypatch.setattr(_packed_limits, "_import_error", lambda name: broken)
+    rows = {row["name"]: row for row in doctor._attention()}
+    assert rows["xformers"]["installed"] and not rows["xformers"]["usable"]
+    assert rows["xformers"]["why"] == broken
 
 
 def test_doctor_follows_extras_of_extras(monkeypatch):

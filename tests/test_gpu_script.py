@@ -23,7 +23,7 @@ from fastalign.ops.label_logits import LabelLogits
 from fastalign.testing.models import llava_batch, tiny_llava
 
 ROOT = Path(__file__).parents[1]
-STAGES = ["correctness", "tune", "benchmark", "step"]
+STAGES = ["correctness", "attention", "tune", "benchmark", "step"]
 
 # Stages of a test: each unit leaves its name in `log` when it begins.
 FAULTY = """
@@ -124,6 +124,46 @@ def test_what_needs_cuda_says_so(tiny):
     assert all(record["reason"].startswith("needs CUDA") for record in tune)
 
 
+def test_attention_runs_what_is_installed(tiny):
+    folder, _ = tiny
+    results = {r["name"]: r for r in read(folder / "attention.json")["results"]}
+    names = ("varlen", "flash-attn", "flash-attn-4", "xformers", "flex", "sdpa")
+    assert list(results) == [f"{name} bfloat16" for name in names]
+    if not torch.cuda.is_available():
+        assert "CUDA devices only" in results["varlen bfloat16"]["reason"]
+    rows = results["sdpa bfloat16"]["rows"]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["passed"] and row["median_us"] > 0 and row["times_sdpa"] == 1.0
+        assert row["errors"].keys() == {"output", "query", "key", "value"}
+        assert 0 < max(row["errors"].values()) < 2**-6
+
+
+@pytest.mark.parametrize("fault", ["output", "gradient"])
+def test_attention_sees_a_wrong_back_end(load, stage, monkeypatch, fault):
+    attention = load("_gpu_attention")
+    right = attention.packed_attention
+
+    def wrong(q, k, v, segments, **options):
+        out = right(q, k, v, segments, **options)
+        if fault == "output":
+            return out + 0.02 * out.roll(1, 2)
+        return out + (q - q.detach()).sum() * 0.02
+
+    monkeypatch.setattr(attention, "packed_attention", wrong)
+    options = stage.Options("cpu", True)
+    (unit,) = (u for u in attention.units(options) if u.name == "sdpa bfloat16")
+    record = unit.run()
+    assert record["status"] == "failed" and "LLaVA-1.5-7B" in record["error"]
+    monkeypatch.setattr(attention, "obstacle", lambda name, *a, windowed=False, **o: (
+        "has no window" if windowed else None
+    ))  # fmt: skip
+    refused = {row["case"]: row["refused"] for row in unit.run()["rows"] if "refused" in row}
+    assert refused == {
+        name: "has no window" for name in ("window without gaps", "window over gaps")
+    }
+
+
 def test_step_reports_every_method(tiny):
     folder, _ = tiny
     results = {r["name"]: r for r in read(folder / "step.json")["results"]}
@@ -146,7 +186,7 @@ def test_finished_stages_are_skipped_until_again(tiny):
     before = {name: (folder / f"{name}.json").read_text() for name in STAGES}
     start = time.monotonic()
     done = command(folder, "--tiny")
-    assert done.returncode == 0 and done.stdout.count("passed before") == 4
+    assert done.returncode == 0 and done.stdout.count("passed before") == len(STAGES)
     assert {name: (folder / f"{name}.json").read_text() for name in STAGES} == before
     again = command(folder, "--tiny", "--again", "--stage", "tune")
     assert again.returncode == 0 and "[tune] " in again.stdout and "before" not in again.stdout

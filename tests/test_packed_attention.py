@@ -1,19 +1,13 @@
-"""Packed attention against a dense masked one in float64.
+"""Packed attention against a dense masked one in float64, and which back end is taken."""
 
-Libraries that need a GPU are stood in for by modules that compute, densely, what their
-documentation says, from the arguments they are given.
-"""
-
-import importlib.machinery
-import inspect
+import importlib.util
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.attention import varlen as torch_varlen
 
-from fastalign.models import _packed_attention
+from fastalign.models import _packed_attention, _packed_limits
 from fastalign.models._packed import (
     BACKENDS,
     Segments,
@@ -36,6 +30,8 @@ KEEP = torch.tensor(
     ],
     dtype=torch.bool,
 )
+# Segments without gaps, of which one begins late: here a window is one in tokens.
+WHOLE = torch.arange(11) >= torch.tensor([[0], [11], [4], [10]])
 SHAPES = {"plain": (2, 2, 8, 8), "grouped": (6, 2, 5, 5), "one-key-head": (3, 1, 7, 11)}
 
 
@@ -63,12 +59,17 @@ def dense(query, key, value, seen, scale=None, softcap=None):
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
-def by_offsets(cu_seqlens):
-    """The causal block-diagonal mask of offsets, as the libraries define it: by token index."""
+def by_offsets(cu_seqlens, left=-1):
+    """The causal block-diagonal mask of offsets, as the libraries define it: by token index.
+
+    `left` tokens before its own are seen by each, all of them where it is negative.
+    """
     total = int(cu_seqlens[-1])
     index = torch.arange(total)
     segment = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
-    return (segment[:, None] == segment[None]) & (index[:, None] >= index[None])
+    ahead = index[:, None] - index[None]
+    seen = (segment[:, None] == segment[None]) & (ahead >= 0)
+    return seen if left < 0 else seen & (ahead <= left)
 
 
 # -- segments ------------------------------------------------------------------------------------
@@ -85,6 +86,22 @@ def test_segments_of_a_mask():
     x = torch.randn(*KEEP.shape, 3)
     assert torch.equal(x[segments.rows, segments.positions], x[KEEP])
     assert Segments.from_mask(KEEP[[2, 4]]).span == 9  # 2 and 10
+
+
+def test_where_a_window_is_one_in_tokens():
+    whole, gaps = Segments.from_mask(WHOLE), Segments.from_mask(KEEP[2:])
+    assert whole.lengths == (11, 7, 1) and whole.span == 11 and whole.gapped_span == 0
+    assert whole.counts_tokens(1)
+    # Rows 2 to 4: spans 1, 11 without gaps, and 9 with one. From 9 on only the second is cut.
+    assert gaps.span == 11 and gaps.gapped_span == 9
+    assert gaps.counts_tokens(9) and not gaps.counts_tokens(8)
+    for segments, window in ((whole, 1), (whole, 4), (gaps, 9)):
+        seen = by_offsets(segments.cu_seqlens, window - 1)
+        assert torch.equal(seen, visible(segments, window))
+    assert not torch.equal(by_offsets(gaps.cu_seqlens, 7), visible(gaps, 8))
+    parts = (gaps.cu_seqlens, gaps.lengths, gaps.positions, gaps.rows)
+    made = Segments(*parts, gaps.span)  # nothing is known of its gaps
+    assert made.counts_tokens(11) and not made.counts_tokens(10)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 5)])
@@ -222,150 +239,37 @@ def test_capped_attention_ignores_autocast():
     assert torch.equal(inside, packed_attention(q, k, v, segments, softcap=0.7))
 
 
-# -- back ends that need a GPU, stood in for -------------------------------------------------------
-
-
-@pytest.fixture
-def no_obstacle(monkeypatch):
-    """Let a named back end run where its device is missing."""
-    monkeypatch.setattr(_packed_attention, "obstacle", lambda *args, **options: None)
-
-
-def module(monkeypatch, name, **contents):
-    made = ModuleType(name)
-    made.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    made.__dict__.update(contents)
-    monkeypatch.setitem(sys.modules, name, made)
-
-
-def check_offsets(segments, q, offsets, longest):
-    assert q.dim() == 3 and q.shape[0] == sum(segments.lengths)  # (T, h, d)
-    assert q.shape[-1] % 8 == 0
-    assert offsets.dtype == torch.int32 and offsets.tolist() == segments.cu_seqlens.tolist()
-    assert longest == max(segments.lengths)
-
-
-def attend_rows(q, k, v, offsets, scale, softcap=None):
-    """Dense attention in the layout (T, h, d)."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return dense(q, k, v, by_offsets(offsets), scale, softcap)[0].transpose(0, 1)
-
-
-@pytest.mark.parametrize("grouping", [True, False], ids=["grouping", "no grouping"])
-@pytest.mark.parametrize("scale", [None, 0.6])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_varlen(monkeypatch, no_obstacle, shape, scale, grouping):
-    segments = Segments.from_mask(KEEP)
-    signature = inspect.signature(torch_varlen.varlen_attn)
-
-    def stand_in(*args, **options):
-        call = signature.bind(*args, **options).arguments
-        check_offsets(segments, call["query"], call["cu_seq_q"], call["max_q"])
-        check_offsets(segments, call["query"], call["cu_seq_k"], call["max_k"])
-        assert call["window_size"] == (-1, 0)  # causal
-        heads, key_heads = call["query"].shape[1], call["key"].shape[1]
-        assert call.get("enable_gqa", False) is grouping
-        assert grouping or heads == key_heads
-        q, k, v = call["query"], call["key"], call["value"]
-        return attend_rows(q, k, v, call["cu_seq_q"], call["scale"])
-
-    monkeypatch.setattr(torch_varlen, "varlen_attn", stand_in)
-    parameters = set(signature.parameters) - (set() if grouping else {"enable_gqa"})
-    monkeypatch.setattr(_packed_attention.libraries, "varlen_parameters", lambda: parameters)
-    q, k, v = inputs(segments, *SHAPES[shape])
-    # A window as long as the samples hides nothing.
-    out = packed_attention(q, k, v, segments, scale=scale, window=11, backend="varlen")
-    torch.testing.assert_close(out, dense(q, k, v, visible(segments), scale))
-
-
-def test_varlen_takes_these_arguments(no_obstacle):
-    # On the meta device torch's own operator checks them and gives the shape.
-    made = Segments.from_mask(KEEP)
-    meta = [x.to("meta") for x in (made.cu_seqlens, made.positions, made.rows)]
-    segments = Segments(meta[0], made.lengths, *meta[1:], made.span)
-    q, k, v = (x.to("meta", torch.bfloat16) for x in inputs(made, 6, 2, 5, 5))
-    out = packed_attention(q, k, v, segments, backend="varlen")
-    assert out.shape == (1, 6, 20, 5) and out.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("softcap", [None, 0.7])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_flash_attn(monkeypatch, no_obstacle, shape, softcap):
-    segments = Segments.from_mask(KEEP)
-
-    def flash_attn_varlen_func(  # the signature of flash-attn 2.8
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p=0.0,
-        softmax_scale=None,
-        causal=False,
-        window_size=(-1, -1),
-        softcap=0.0,
-    ):
-        check_offsets(segments, q, cu_seqlens_q, max_seqlen_q)
-        check_offsets(segments, q, cu_seqlens_k, max_seqlen_k)
-        assert causal is True and dropout_p == 0.0 and window_size == (-1, -1)
-        return attend_rows(q, k, v, cu_seqlens_q, softmax_scale, softcap or None)
-
-    module(monkeypatch, "flash_attn", flash_attn_varlen_func=flash_attn_varlen_func)
-    q, k, v = inputs(segments, *SHAPES[shape])
-    out = packed_attention(q, k, v, segments, softcap=softcap, backend="flash-attn")
-    torch.testing.assert_close(out, dense(q, k, v, visible(segments), softcap=softcap))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_xformers(monkeypatch, no_obstacle, shape):
-    segments = Segments.from_mask(KEEP)
-
-    class BlockDiagonalCausalMask:
-        @classmethod
-        def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
-            made = cls()
-            made.lengths = q_seqlen
-            return made
-
-    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
-        assert isinstance(attn_bias, BlockDiagonalCausalMask) and p == 0.0
-        assert attn_bias.lengths == [6, 1, 11, 2]
-        assert query.shape[:2] == (1, 20) and query.shape == key.shape == value.shape
-        offsets = torch.tensor([0, *attn_bias.lengths]).cumsum(0)
-        return attend_rows(query[0], key[0], value[0], offsets, scale)[None]
-
-    bias = {"BlockDiagonalCausalMask": BlockDiagonalCausalMask}
-    module(monkeypatch, "xformers")
-    module(monkeypatch, "xformers.ops", memory_efficient_attention=memory_efficient_attention)
-    module(monkeypatch, "xformers.ops.fmha")
-    module(monkeypatch, "xformers.ops.fmha.attn_bias", **bias)
-    q, k, v = inputs(segments, *SHAPES[shape])
-    out = packed_attention(q, k, v, segments, scale=0.6, backend="xformers")
-    torch.testing.assert_close(out, dense(q, k, v, visible(segments), 0.6))
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("options", [{}, {"window": 4}, {"softcap": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    ("keep", "options"),
+    [(KEEP, {}), (KEEP, {"window": 4}), (WHOLE, {"window": 4}), (KEEP, {"softcap": 0.7})],
+    ids=["plain", "window over gaps", "window", "softcap"],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_on_cuda(backend, dtype, shape, options):
-    request = {"windowed": "window" in options, "softcap": "softcap" in options}
+def test_on_cuda(backend, dtype, shape, keep, options):
+    segments = Segments.from_mask(keep.cuda())
+    window, softcap = options.get("window"), options.get("softcap")
+    request = {"windowed": window is not None, "softcap": softcap is not None}
+    request["gaps"] = keep is KEEP
     why = None if backend == "auto" else obstacle(backend, CUDA, dtype, **request)
     if why:
         pytest.skip(f"{backend} {why}")
-    segments = Segments.from_mask(KEEP.cuda())
-    q, k, v = (x.cuda() for x in inputs(segments, *SHAPES[shape], dtype=dtype))
-    with torch.no_grad():
-        out = packed_attention(q, k, v, segments, backend=backend, **options)
-    window, softcap = options.get("window"), options.get("softcap")
+    made = inputs(segments, *SHAPES[shape], dtype=dtype)
+    q, k, v = leaves = [x.cuda().requires_grad_() for x in made]
+    out = packed_attention(q, k, v, segments, backend=backend, **options)
     expected = dense(q, k, v, visible(segments, window), softcap=softcap)
     assert out.dtype == dtype and out.device == q.device
     # Outputs are averages of values of about 1; compiled products of float32 may run in TF32.
     error = 4e-3 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), expected, rtol=error, atol=error)
+    cotangent = torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves, cotangent)
+    true = torch.autograd.grad(expected, leaves, cotangent.double())
+    for name, gradient, exact in zip("qkv", found, true, strict=True):
+        off = (gradient.double() - exact).norm() / exact.norm()
+        assert off < error, f"gradient of {name} is off by {off:.1e}"
 
 
 # -- which back end, and why not -------------------------------------------------------------------
@@ -374,6 +278,7 @@ def test_on_cuda(backend, dtype, shape, options):
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(_packed_limits, "_import_error", lambda backend: None)
 
 
 def test_auto_on_the_cpu():
@@ -385,15 +290,19 @@ def test_auto_on_the_cpu():
 
 @pytest.mark.parametrize("flash", [True, False], ids=["flash-attn", "no flash-attn"])
 def test_auto_on_cuda(monkeypatch, hopper, flash):
-    monkeypatch.setattr(_packed_attention, "_found", lambda name: name != "flash_attn" or flash)
+    monkeypatch.setattr(_packed_limits, "_found", lambda name: name != "flash_attn" or flash)
+
+    gaps, whole = Segments.from_mask(KEEP), Segments.from_mask(WHOLE)
 
     def query(dtype, dim=128):  # what is read of one, without the device
         return SimpleNamespace(device=CUDA, dtype=dtype, shape=(1, 8, 5, dim))
 
     for dtype in (torch.float16, torch.bfloat16):
         assert attention_backend(query(dtype)) == "varlen"
-        assert attention_backend(query(dtype), window=8, span=8) == "varlen"
-        assert attention_backend(query(dtype), window=7, span=8) == "sdpa"
+        assert attention_backend(query(dtype), window=11, segments=gaps) == "varlen"
+        assert attention_backend(query(dtype), window=10, segments=gaps) == "sdpa"
+        assert attention_backend(query(dtype), window=4, segments=whole) == "varlen"
+        assert attention_backend(query(dtype), window=4) == "sdpa"
         assert attention_backend(query(dtype), softcap=50.0) == ("flash-attn" if flash else "sdpa")
         assert attention_backend(query(dtype, 512)) == "sdpa"
     assert attention_backend(query(torch.float32)) == "sdpa"
@@ -401,25 +310,104 @@ def test_auto_on_cuda(monkeypatch, hopper, flash):
     assert attention_backend(query(torch.float16)) == "sdpa"
 
 
+GAPS = {"windowed": True, "gaps": True}
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype", "options", "why"),
     [
         ("varlen", torch.float32, {}, "does not take torch.float32"),
-        ("varlen", torch.bfloat16, {"windowed": True}, "in tokens, not in positions"),
+        ("varlen", torch.bfloat16, GAPS, "in tokens, not in positions"),
         ("varlen", torch.bfloat16, {"softcap": True}, "has no softcap"),
         ("varlen", torch.bfloat16, {"head_dim": 288}, "at most 256 channels, not 288"),
         ("flash-attn", torch.float32, {}, "does not take torch.float32"),
-        ("flash-attn", torch.bfloat16, {"windowed": True}, "in tokens, not in positions"),
+        ("flash-attn", torch.bfloat16, GAPS, "in tokens, not in positions"),
+        ("flash-attn-4", torch.bfloat16, GAPS, "in tokens, not in positions"),
+        ("flash-attn-4", torch.bfloat16, {"head_dim": 288}, "at most 256 channels, not 288"),
         ("xformers", torch.float64, {}, "does not take torch.float64"),
         ("xformers", torch.float32, {"softcap": True}, "has no softcap"),
+        ("xformers", torch.bfloat16, GAPS, "in tokens, not in positions"),
+        ("xformers", torch.float32, {"windowed": True}, "window only for float16 and bfloat16"),
         ("flex", torch.float64, {}, "does not take torch.float64"),
     ],
 )
 def test_obstacles_on_cuda(monkeypatch, hopper, backend, dtype, options, why):
-    monkeypatch.setattr(_packed_attention, "_found", lambda name: True)
+    monkeypatch.setattr(_packed_limits, "_found", lambda name: True)
     assert why in obstacle(backend, CUDA, dtype, **options)
     for name in BACKENDS[1:]:
         assert obstacle(name, CUDA, torch.bfloat16) is None
+        assert obstacle(name, CUDA, torch.bfloat16, windowed=True) is None  # without gaps
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "dtype", "head_dim", "why"),
+    [
+        ("flash-attn-4", (8, 0), torch.bfloat16, 128, "needs a device of compute capability 9 or"),
+        ("flash-attn-4", (9, 0), torch.bfloat16, 256, None),
+        ("flash-attn-4", (10, 0), torch.bfloat16, 128, None),
+        ("flash-attn-4", (10, 0), torch.bfloat16, 256, "at most 128 channels, not 256"),
+        ("flash-attn-4", (12, 0), torch.bfloat16, 128, "needs a device of compute capability 9 or"),
+        ("flash-attn", (7, 5), torch.float16, 128, "compute capability 8.0 or newer"),
+        ("xformers", (7, 5), torch.float16, 512, None),
+        ("xformers", (7, 5), torch.bfloat16, 128, "takes bfloat16 on devices of compute cap"),
+        ("xformers", (9, 0), torch.float32, 512, None),
+        ("xformers", (10, 0), torch.bfloat16, 256, None),
+        ("xformers", (10, 0), torch.float32, 128, "takes only float16 and bfloat16 with heads"),
+        ("xformers", (10, 0), torch.bfloat16, 512, "newer than compute capability 9.0"),
+    ],
+)
+def test_obstacles_of_devices(monkeypatch, hopper, backend, capability, dtype, head_dim, why):
+    monkeypatch.setattr(_packed_limits, "_found", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    found = obstacle(backend, CUDA, dtype, head_dim=head_dim)
+    assert found is None if why is None else why in found
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """Write a module of a library that is not imported yet, and is forgotten afterwards."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+            del sys.modules[name]
+
+    def write(name, text):
+        path = tmp_path.joinpath(*name.split("."), "__init__.py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        forget()
+        importlib.invalidate_caches()
+
+    before = {name: m for name, m in sys.modules.items() if name.split(".")[0] == "flash_attn"}
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("_found", "_import_error"):  # what they remember is of what is installed
+        monkeypatch.setattr(_packed_limits, name, getattr(_packed_limits, name).__wrapped__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    yield write
+    forget()
+    sys.modules.update(before)
+
+
+def test_flash_attn_4_alone_is_no_flash_attn(package):
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("flash-attn is installed")
+    package("flash_attn.cute", "def flash_attn_varlen_func(): ...")
+    assert importlib.util.find_spec("flash_attn") is not None  # the folder that holds it
+    assert obstacle("flash-attn", CUDA, torch.bfloat16).startswith("not installed: pip install")
+    assert obstacle("flash-attn-4", CUDA, torch.bfloat16) is None
+
+
+def test_what_cannot_be_imported_is_passed_over(package):
+    package("flash_attn", "import built_for_another_torch")
+    why = obstacle("flash-attn", CUDA, torch.bfloat16)
+    error = "ModuleNotFoundError: No module named 'built_for_another_torch'"
+    assert why == f"cannot be imported ({error})"
+    query = SimpleNamespace(device=CUDA, dtype=torch.bfloat16, shape=(1, 8, 5, 128))
+    assert attention_backend(query, softcap=50.0) == "sdpa"
+    package("flash_attn", "")  # a version without it
+    assert "cannot be imported (AttributeError" in obstacle("flash-attn", CUDA, torch.bfloat16)
+    package("flash_attn", "def flash_attn_varlen_func(): ...")
+    assert attention_backend(query, softcap=50.0) == "flash-attn"
 
 
 def test_old_torch_and_old_device_have_no_varlen(monkeypatch, hopper):
@@ -430,20 +418,21 @@ def test_old_torch_and_old_device_have_no_varlen(monkeypatch, hopper):
     assert "compute capability 8.0" in obstacle("varlen", CUDA, torch.float16)
 
 
-@pytest.mark.parametrize("backend", ["varlen", "flash-attn", "xformers"])
+@pytest.mark.parametrize("backend", ["varlen", "flash-attn", "flash-attn-4", "xformers"])
 def test_a_named_back_end_runs_or_raises(monkeypatch, backend):
     segments = Segments.from_mask(KEEP)
     tensors = inputs(segments, dtype=torch.bfloat16)
-    monkeypatch.setattr(_packed_attention, "_found", lambda name: True)
+    monkeypatch.setattr(_packed_limits, "_found", lambda name: True)
     message = f"backend '{backend}' cannot run .* CUDA devices only, not on cpu; .* takes 'sdpa'"
     with pytest.raises(ValueError, match=message):
         packed_attention(*tensors, segments, backend=backend)
-    monkeypatch.setattr(_packed_attention, "_found", lambda name: False)
+    monkeypatch.setattr(_packed_limits, "_found", lambda name: False)
     with pytest.raises(ValueError, match=f"backend '{backend}' cannot run .* not installed"):
         packed_attention(*tensors, segments, backend=backend)
     if backend != "varlen":
         why = obstacle(backend, CPU, torch.bfloat16)
-        assert why == f'not installed: pip install "fastalign[{backend}]"'
+        flag = "--no-build-isolation " if backend == "flash-attn" else ""
+        assert why == f'not installed: pip install {flag}"fastalign[{backend}]"'
 
 
 def test_bad_input():

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from fastalign.models._packed_attention import BACKENDS as BACKENDS
 from fastalign.models._packed_attention import attention_backend as attention_backend
 from fastalign.models._packed_attention import choose as choose
-from fastalign.models._packed_attention import obstacle as obstacle
 from fastalign.models._packed_attention import packed_attention as packed_attention
+from fastalign.models._packed_limits import LIBRARIES as LIBRARIES
+from fastalign.models._packed_limits import obstacle as obstacle
 from fastalign.models._segments import Segments as Segments
 from fastalign.ops._check import check_one_of
 

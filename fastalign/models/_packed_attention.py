@@ -5,7 +5,6 @@ A query at position p of its sample sees the keys of its own sample at positions
 were dropped, and the result is that of the full-length pass with the dropped tokens masked.
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,82 +12,23 @@ import torch
 from torch import Tensor
 
 from fastalign.models import _packed_backends as libraries
+from fastalign.models._packed_limits import obstacle
 from fastalign.models._segments import Segments
 from fastalign.ops._check import check_dim, check_one_of, check_positive, check_same
 
-BACKENDS = ("auto", "varlen", "flash-attn", "xformers", "flex", "sdpa")
-# What "auto" tries, in this order; sdpa takes everything. flex compiles at its first call, which
-# stalls a training step for seconds, and xformers offers nothing beyond these: by name only.
+BACKENDS = ("auto", "varlen", "flash-attn", "flash-attn-4", "xformers", "flex", "sdpa")
+# What "auto" tries, in this order; sdpa takes everything. By name only: flash-attn-4, a beta that
+# compiles at its first calls, flex, which does too and stalls a training step for seconds, and
+# xformers, which offers nothing beyond these.
 _AUTO = ("varlen", "flash-attn", "sdpa")
-_MODULES = {
-    "varlen": "torch.nn.attention.varlen",
-    "flash-attn": "flash_attn",
-    "xformers": "xformers",
-    "flex": "torch.nn.attention.flex_attention",
-}
-_HALF = (torch.float16, torch.bfloat16)
-_CUDA_DTYPES = {
-    "varlen": _HALF,
-    "flash-attn": _HALF,
-    "xformers": (*_HALF, torch.float32),
-    "flex": (*_HALF, torch.float32),
-}
 _RUN: dict[str, Callable[[libraries.Call], Tensor]] = {
     "varlen": libraries.varlen,
     "flash-attn": libraries.flash_attn,
+    "flash-attn-4": libraries.flash_attn_4,
     "xformers": libraries.xformers,
     "flex": libraries.flex,
     "sdpa": libraries.sdpa,
 }
-
-
-def obstacle(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    head_dim: int = 128,
-    windowed: bool = False,
-    softcap: bool = False,
-) -> str | None:
-    """Why a back end cannot attend to such tensors, or None when it can.
-
-    Args:
-        backend: One of `BACKENDS` but "auto".
-        device: Where the tensors are.
-        dtype: Their dtype.
-        head_dim: Width of a head.
-        windowed: Whether a sliding window shorter than the segments' span is asked for.
-        softcap: Whether the scores are capped.
-    """
-    if backend == "sdpa":
-        return None
-    if not _found(_MODULES[backend]):
-        extra = (
-            f': pip install "fastalign[{backend}]"' if backend in ("flash-attn", "xformers") else ""
-        )
-        return f"not installed{extra}"
-    if backend == "flex" and device.type == "cpu":
-        return None
-    if device.type != "cuda":
-        return f"runs on CUDA devices only, not on {device.type}"
-    if dtype not in _CUDA_DTYPES[backend]:
-        return f"does not take {dtype}"
-    if backend == "flex":
-        return None
-    if windowed:
-        return "counts a sliding window in tokens, not in positions, which have gaps"
-    if softcap and backend != "flash-attn":
-        return "has no softcap"
-    if backend == "xformers":
-        return None
-    if head_dim > 256:
-        return f"takes heads of at most 256 channels, not {head_dim}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a device of compute capability 8.0 or newer"
-    if backend == "varlen" and not {"scale", "window_size"} <= libraries.varlen_parameters():
-        return f"takes no scale in torch {torch.__version__}: a newer torch is needed"
-    return None
 
 
 def choose(device: torch.device, dtype: torch.dtype, **request: Any) -> str:
@@ -100,7 +40,7 @@ def attention_backend(
     query: Tensor,
     *,
     window: int | None = None,
-    span: int | None = None,
+    segments: Segments | None = None,
     softcap: float | None = None,
 ) -> str:
     """The back end that `packed_attention` takes for such a query with `backend="auto"`.
@@ -108,17 +48,26 @@ def attention_backend(
     Args:
         query: Of which device, dtype and last dimension are read, (..., dh).
         window: Sliding window.
-        span: `Segments.span`; without it a window counts as shorter than the samples.
+        segments: The samples; without them a window counts as shorter, and their positions as
+            having gaps.
         softcap: Cap of the scores.
     """
-    windowed = window is not None and (span is None or window < span)
-    return choose(
-        query.device,
-        query.dtype,
-        head_dim=query.shape[-1],
-        windowed=windowed,
-        softcap=softcap is not None,
-    )
+    request = _request(query.shape[-1], window, segments, softcap)
+    return choose(query.device, query.dtype, **request)
+
+
+def _request(
+    head_dim: int, window: int | None, segments: Segments | None, softcap: float | None
+) -> dict[str, Any]:
+    """What `obstacle` is asked about, but device and dtype."""
+    windowed = window is not None and (segments is None or window < segments.span)
+    gaps = windowed and (segments is None or not segments.counts_tokens(window or 0))
+    return {
+        "head_dim": head_dim,
+        "windowed": windowed,
+        "gaps": gaps,
+        "softcap": softcap is not None,
+    }
 
 
 def packed_attention(
@@ -137,7 +86,8 @@ def packed_attention(
     $c(x) = softcap \cdot \tanh(x / softcap)$, or x without `softcap`. On CUDA "auto" takes torch's
     varlen attention for float16 and bfloat16, flash-attn where a softcap is asked for and it is
     installed, and otherwise, like everywhere else, one `scaled_dot_product_attention` a segment;
-    with a softcap that one is written out in float32.
+    with a softcap that one is written out in float32. A window that cuts segments whose positions
+    have gaps needs a mask, which only that one and flex take.
 
     Args:
         query: (1, h, T, dh), any floating dtype.
@@ -160,11 +110,7 @@ def packed_attention(
     check_one_of("backend", backend, BACKENDS)
     window = None if window is None or window >= segments.span else window
     head_dim, width = query.shape[-1], value.shape[-1]
-    request: dict[str, Any] = {
-        "head_dim": max(head_dim, width),
-        "windowed": window is not None,
-        "softcap": softcap is not None,
-    }
+    request = _request(max(head_dim, width), window, segments, softcap)
     if backend == "auto":
         backend = choose(query.device, query.dtype, **request)
     elif why := obstacle(backend, query.device, query.dtype, **request):
@@ -211,10 +157,3 @@ def _check(
         check_positive("window", window)
     if softcap is not None:
         check_positive("softcap", softcap)
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that would hold it
-        return False

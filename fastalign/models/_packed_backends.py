@@ -1,7 +1,7 @@
 """The libraries that attend within the segments of a packed row, each behind one function.
 
 All compute the same: `Call` in, output (1, h, T, width) out, where channels beyond those of `value`
-are padding. What a library cannot do has been refused before, by `_packed_attention.obstacle`.
+are padding. What a library cannot do has been refused before, by `_packed_limits.obstacle`.
 """
 
 import inspect
@@ -51,11 +51,30 @@ class Call:
     def even(self, multiple: int = 8) -> list[Tensor]:
         """Query, key and value with zero channels added up to one width that kernels take.
 
-        Zeros change neither the scores nor the other channels of the output.
+        Zeros change neither the scores nor the other channels of the output. Kernels load 16 bytes
+        at a time without a check, so a tensor where 8 channels may begin elsewhere is copied.
         """
         tensors = (self.query, self.key, self.value)
         width = -(-max(x.shape[-1] for x in tensors) // multiple) * multiple
-        return [F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors]
+        padded = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
+        return [x if _aligned(x) else x.clone(memory_format=_CONTIGUOUS) for x in padded]
+
+    def rows(self) -> list[Tensor]:
+        """What `even` gives, as (T, heads, channels)."""
+        return [x[0].transpose(0, 1) for x in self.even()]
+
+    @property
+    def left(self) -> int:
+        """Tokens before its own that each query sees, -1 for all."""
+        return -1 if self.window is None else self.window - 1
+
+
+_CONTIGUOUS = torch.contiguous_format
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether channels lie side by side, and each row of them begins at a multiple of 8."""
+    return x.stride(-1) == 1 and not any(n % 8 for n in (x.storage_offset(), *x.stride()[:-1]))
 
 
 @lru_cache(maxsize=1)
@@ -74,13 +93,12 @@ def varlen(call: Call) -> Tensor:
         options["enable_gqa"] = True
     else:
         call = call.ungrouped()
-    q, k, v = (x[0].transpose(0, 1) for x in call.even())  # (T, h, d)
+    q, k, v = call.rows()
     offsets, longest = call.segments.cu_seqlens, max(call.segments.lengths)
-    causal = (-1, 0)  # any number of tokens to the left, none to the right
     out = varlen.varlen_attn(
         *(q, k, v, offsets, offsets, longest, longest),
         scale=call.scale,
-        window_size=causal,
+        window_size=(call.left, 0),  # none to the right: causal
         **options,
     )
     assert isinstance(out, Tensor)  # no auxiliary output was asked for
@@ -90,7 +108,7 @@ def varlen(call: Call) -> Tensor:
 def flash_attn(call: Call) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    q, k, v = (x[0].transpose(0, 1) for x in call.even())  # (T, h, d)
+    q, k, v = call.rows()
     longest = max(call.segments.lengths)
     out: Tensor = flash_attn_varlen_func(
         *(q, k, v),
@@ -100,9 +118,32 @@ def flash_attn(call: Call) -> Tensor:
         max_seqlen_k=longest,
         softmax_scale=call.scale,
         causal=True,
+        window_size=(call.left, 0),
         softcap=0.0 if call.softcap is None else call.softcap,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out.transpose(0, 1)[None]
+
+
+def flash_attn_4(call: Call) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    q, k, v = call.rows()
+    longest = max(call.segments.lengths)
+    out = flash_attn_varlen_func(
+        *(q, k, v),
+        cu_seqlens_q=call.segments.cu_seqlens,
+        cu_seqlens_k=call.segments.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=call.scale,
+        causal=True,
+        window_size=(None if call.left < 0 else call.left, 0),
+        softcap=0.0 if call.softcap is None else call.softcap,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    attended: Tensor = out[0] if isinstance(out, tuple) else out  # with the log-sum-exp, or not
+    return attended.transpose(0, 1)[None]
 
 
 def xformers(call: Call) -> Tensor:
@@ -110,9 +151,14 @@ def xformers(call: Call) -> Tensor:
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
     q, k, v = (x.transpose(1, 2) for x in call.ungrouped().even())  # (1, T, h, d)
-    lengths = [n for n in call.segments.lengths if n]
-    bias = BlockDiagonalCausalMask.from_seqlens(lengths, device=q.device)
-    out: Tensor = memory_efficient_attention(q, k, v, attn_bias=bias, scale=call.scale)
+
+    def bias() -> Any:
+        lengths = [n for n in call.segments.lengths if n]
+        mask = BlockDiagonalCausalMask.from_seqlens(lengths, device=q.device)
+        return mask if call.window is None else mask.make_local_attention(call.window)
+
+    mask = call.segments.once("xformers", call.window, bias)
+    out: Tensor = memory_efficient_attention(q, k, v, attn_bias=mask, scale=call.scale)
     return out.transpose(1, 2)
 
 

@@ -1,5 +1,6 @@
 """Where the samples of a packed row begin, and what each of its tokens sees."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ class Segments:
             `x[segments.rows, segments.positions]` packs x (b, L, ...) into (T, ...).
         span: Largest `last - first + 1` of positions over the segments, on the host. A sliding
             window that is at least as long hides nothing.
+        gapped_span: The same over the segments whose positions have gaps alone, 0 without any;
+            None where that is not known.
 
     Raises:
         ValueError: Shapes or dtypes disagree. Values on the device are not read.
@@ -34,6 +37,7 @@ class Segments:
     positions: Tensor
     rows: Tensor
     span: int
+    gapped_span: int | None = None
     _made: dict[tuple[str, int | None], Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +81,15 @@ class Segments:
         index = (~keep).flatten().to(torch.uint8).argsort(stable=True)[: sum(lengths)]
         offsets = torch.tensor((0, *lengths)).cumsum(0).to(keep.device, torch.int32)
         span = max((span for count, span in table if count), default=0)
-        return cls(offsets, lengths, index % width, index // width, span)
+        gapped = max((span for count, span in table if span > count > 0), default=0)
+        return cls(offsets, lengths, index % width, index // width, span, gapped)
+
+    def counts_tokens(self, window: int) -> bool:
+        """Whether so many positions hide the same keys as so many tokens.
+
+        They do where positions have no gaps, and where neither hides anything.
+        """
+        return window >= (self.span if self.gapped_span is None else self.gapped_span)
 
     def first_keys(self, window: int | None) -> Tensor:
         """Index of the first key of each query, (T,) int64: it sees all from there to itself.
@@ -90,27 +102,34 @@ class Segments:
 
     def masks(self, window: int | None) -> list[Tensor]:
         """What the queries of each segment see, (length, length) bool; made once."""
-        if ("masks", window) not in self._made:
+
+        def make() -> list[Tensor]:
             index = torch.arange(len(self.rows), device=self.rows.device)
             pairs = torch.stack((index, self.first_keys(window)), 1)
-            self._made["masks", window] = [
+            return [
                 (pair[:, 0] <= pair[:, :1]) & (pair[:, 0] >= pair[:, 1:])
                 for pair in torch.split(pairs, list(self.lengths))
             ]
-        masks: list[Tensor] = self._made["masks", window]
+
+        masks: list[Tensor] = self.once("masks", window, make)
         return masks
 
     def block_mask(self, window: int | None) -> Any:
         """The `BlockMask` of flex attention; made once."""
-        if ("block", window) not in self._made:
-            from torch.nn.attention.flex_attention import create_block_mask
+        from torch.nn.attention.flex_attention import create_block_mask
 
+        def make() -> Any:
             first, total = self.first_keys(window), len(self.rows)
 
             def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
                 return (j <= i) & (j >= first[i])
 
-            self._made["block", window] = create_block_mask(
-                seen, None, None, total, total, device=str(first.device)
-            )
-        return self._made["block", window]
+            return create_block_mask(seen, None, None, total, total, device=str(first.device))
+
+        return self.once("block", window, make)
+
+    def once(self, kind: str, window: int | None, make: Callable[[], Any]) -> Any:
+        """What `make` gives, kept with the segments: every layer asks for the same."""
+        if (kind, window) not in self._made:
+            self._made[kind, window] = make()
+        return self._made[kind, window]
