@@ -514,6 +514,7 @@ def test_vmap_of_grad(sample, device):
         )
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # no slow fall-back
+            warnings.filterwarnings("ignore", module="triton")  # of the interpreter, about NumPy
             found = fused(*batch)
         assert_close(found, plain(*batch))
 
@@ -542,6 +543,7 @@ def test_vmap_of_grad_sees_a_constant(sample, device):
         )
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # no slow fall-back
+            warnings.filterwarnings("ignore", module="triton")  # of the interpreter, about NumPy
             found = torch.func.vmap(torch.func.grad(product), in_dims)(*batch)
         assert_close((found,), (torch.func.vmap(sample.op.plain, in_dims)(*batch),))
 

@@ -125,6 +125,22 @@ def test_options(function, dtype, negatives, similarity, width, device):
 
 
 @any_shape
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_clipped_similarity_of_zero_has_a_derivative(function, similarity, device):
+    """R = I - 1 1^T, so the loss is 2 / 4 and the gradient 2 (2 R / 4) H = R."""
+    student, teacher = torch.eye(2, device=device)[None], torch.ones(1, 2, 1, device=device)
+    options = {"negatives": "clip", "similarity": similarity}
+    for loss in (
+        lambda h: compute(function, h, teacher, **options).sum(),
+        lambda h: reference(h, teacher, **options),
+    ):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf)
+        assert float(value.detach()) == 0.5
+        assert torch.equal(*torch.autograd.grad(value, leaf), student - 1)
+
+
+@any_shape
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("level", ["image", "batch"])
 def test_levels_and_reductions(function, reduction, level, device):

@@ -231,7 +231,8 @@ def compute(
         longest = _longest(cu_seqlens, max_seqlen, student.shape[0])
         cu_seqlens = cu_seqlens.to(student.device, non_blocking=True)
     d = student.shape[-1]
-    function = function or _best(student, teacher, longest)
+    if function is None:
+        function = _best(student, teacher, longest)
     keep = portable.NOTHING
     if torch.is_grad_enabled() and student.requires_grad:
         keep = portable.MATRIX if longest <= d else portable.GRADIENT

@@ -46,5 +46,6 @@ def _image_losses(student: Tensor, teacher: Tensor, negatives: str) -> Tensor:
     if negatives != "keep":
         s_g = s_g.clamp_min(0.0)
     if negatives == "clip":
-        s_h = s_h.clamp_min(0.0)
+        # One that is 0 has a derivative, in every torch: from 2.15 on clamp_min gives it none.
+        s_h = s_h.masked_fill(s_h < 0, 0.0)
     return (s_h - s_g).square().sum((-2, -1)) / max(student.shape[-2], 1) ** 2
