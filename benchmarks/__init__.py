@@ -75,6 +75,8 @@ class Benchmark:
             empty for an op that gives constants.
         portable: What the public function runs on a CPU without the compiled kernels; where they
             are in use it is timed beside them.
+        compiled: The compiled kernels of CUDA, which the public function runs without Triton only;
+            where they can be, they are timed on CUDA beside Triton's.
     """
 
     op: str
@@ -85,6 +87,7 @@ class Benchmark:
     peers: Mapping[str, Peer] = field(default_factory=dict)
     differentiate: tuple[int, ...] | None = None
     portable: Function | None = None
+    compiled: Function | None = None
 
     def absent(self) -> dict[str, str]:
         """Package of each peer that is not installed, by the peer's name."""
@@ -96,6 +99,8 @@ class Benchmark:
         cuda = device == "cuda"
         if self.portable is not None and not cuda and native.OBSTACLE is None:
             found["portable"] = self.portable
+        if self.compiled is not None and cuda and native.CUDA_OBSTACLE is None:
+            found["compiled"] = self.compiled
         if self.bfloat16 is not None:
             found |= {TF32: self.eager} if cuda else {}
             found["peer:eager-bf16"] = self.bfloat16

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastalign_kernels import native
 from torch import Tensor
 
 from benchmarks import Benchmark, Function, Inputs, _arguments, _value_and_grads
@@ -240,6 +241,8 @@ def main() -> int:
             print(op, case, flush=True)
             arguments = _arguments(case.inputs("cuda"), benchmark.differentiate)
             _value_and_grads(benchmark.fastalign, arguments)
+            if benchmark.compiled is not None and native.CUDA_OBSTACLE is None:
+                _value_and_grads(benchmark.compiled, arguments)
     torch.cuda.synchronize()
     return 0
 

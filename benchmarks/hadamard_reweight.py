@@ -2,6 +2,7 @@
 
 import fastalign as fa
 from benchmarks import Benchmark, Inputs, Run, copy_of
+from fastalign.ops.hadamard_reweight import HadamardReweightNative
 from fastalign.reference.hadamard_reweight import hadamard_reweight
 
 
@@ -17,4 +18,5 @@ BENCHMARK = Benchmark(
     eager=hadamard_reweight,
     bound=bound,
     portable=hadamard_reweight,
+    compiled=HadamardReweightNative.apply,
 )

@@ -138,6 +138,16 @@ def test_compiled_kernels_are_timed_beside_what_runs_without_them(
     assert torch.equal(benchmark.portable(*inputs), benchmark.fastalign(*inputs))
 
 
+def test_compiled_kernels_of_cuda_are_timed_beside_triton(command, monkeypatch):
+    compiled = {op for op, b in command.find().items() if b.compiled is not None}
+    assert compiled == set(native.CUDA_OPS)
+    benchmark = command.find()["hadamard_reweight"]
+    for obstacle, rows in ((None, 1), ("built without nvcc", 0)):
+        monkeypatch.setattr(native, "CUDA_OBSTACLE", obstacle)
+        assert [*benchmark.functions("cuda", quick=True)].count("compiled") == rows
+        assert "compiled" not in benchmark.functions("cpu", quick=True)
+
+
 def test_products_are_timed_in_other_precisions_too(structure, harness):
     names = [*structure.BENCHMARK.functions("cuda", quick=True)]
     assert names == ["fastalign", "eager", "peer:eager-tf32", "peer:eager-bf16"]

@@ -14,10 +14,12 @@ from fastalign_kernels import native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalign as fa
+from fastalign import doctor
 from fastalign.ops import _path
+from fastalign.ops.hadamard_reweight import HadamardReweightNative
 from fastalign.ops.structure_distill import StructureDistillPortable, compute
 from fastalign.reference.hadamard_reweight import hadamard_reweight as reference
-from fastalign.testing import value_and_grads
+from fastalign.testing import assert_matches_reference, cases, value_and_grads
 from fastalign.testing.accuracy import relative_error
 
 LIBRARY = Path(native.__file__).with_name("_C.abi3.so")
@@ -216,6 +218,58 @@ def test_compiled_kernels_are_taken_where_triton_is_not(monkeypatch):
             wide = torch.empty(2, 3, native.MAX_DIM + 1, device="cuda")
             double = torch.empty(2, 3, dtype=torch.float64, device="cuda")
             assert not native.takes_cuda(wide) and not native.takes_cuda(double)
+
+
+def test_doctor_says_what_runs_without_triton(monkeypatch):
+    for obstacle, expected in (
+        (None, ("compiled", "CUDA tensors, as triton is not installed; torch for float64")),
+        ("too old", ("torch", "triton is not installed; compiled kernels: too old")),
+    ):
+        monkeypatch.setattr(native, "CUDA_OBSTACLE", obstacle)
+        assert doctor._path_without_triton("hadamard_reweight") == expected
+        assert doctor._path_without_triton("syrk") == ("torch", "triton is not installed")
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+on_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() or native.CUDA_OBSTACLE is not None,
+    reason=f"the compiled kernels of CUDA are not in use: {native.CUDA_OBSTACLE}",
+)
+
+
+@on_cuda
+@pytest.mark.parametrize("case", cases("hadamard_reweight"), ids=str)
+def test_on_cuda_it_matches_the_reference(case):
+    assert_matches_reference(HadamardReweightNative.apply, reference, case.inputs("cuda"))
+
+
+@on_cuda
+@emulated
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_cuda_every_bit_is_that_of_the_emulation(dtype):
+    for d in WIDTHS:
+        h, dy, w = torch.randn(3, 5, d).to(dtype)
+        of_cuda = [x.cuda() for x in (dy, h, w)]
+        found = [native.hadamard_reweight_fwd(*of_cuda[1:]), native.inverse_norms(of_cuda[1])]
+        found += native.hadamard_reweight_bwd(*of_cuda, True)
+        expected = [kernels.hadamard_reweight_fwd(h, w), kernels.inverse_norms(h)]
+        expected += kernels.hadamard_reweight_bwd(dy, h, w, True)
+        assert all(torch.equal(x.cpu(), y) for x, y in zip(found, expected, strict=True))
+
+
+@on_cuda
+def test_on_cuda_streams_are_kept():
+    """What another stream computes is waited for by that stream, which the kernel is on."""
+    stream = torch.cuda.Stream()
+    h, w = torch.randn(2, 4096, 4096, device="cuda")
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            h = h * 1.01
+        y = native.hadamard_reweight_fwd(h, w)
+    stream.synchronize()
+    assert torch.equal(y, native.hadamard_reweight_fwd(h, w))
 
 
 # -- the binary ------------------------------------------------------------------------------------
