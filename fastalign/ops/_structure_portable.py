@@ -199,7 +199,7 @@ def _by_width(student: Tensor, teacher: Tensor, cosine: bool, kept: Tensor, keep
 def _take_radial(product: Tensor, h: Tensor, inverse: Tensor) -> None:
     """R h to (R h - t h) / |student| in place, for unit rows h."""
     # Rows that the cache holds.
-    for p, unit, by in zip(*(x.split(BAND, -2) for x in (product, h, inverse)), strict=True):
+    for p, unit, by in zip(*(torch.split(x, BAND, -2) for x in (product, h, inverse)), strict=True):
         t = (p * unit).sum(-1, keepdim=True)
         p.addcmul_(t, unit, value=-1).mul_(by)
 
