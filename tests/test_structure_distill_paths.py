@@ -158,6 +158,7 @@ def test_levels_and_reductions(function, reduction, level, device):
 def small_panels(request, monkeypatch):
     monkeypatch.setattr(kernels, "PANEL_BYTES", request.param)
     monkeypatch.setattr(portable, "PANEL", 48)
+    monkeypatch.setattr(portable, "BAND", 48)
 
 
 @any_shape

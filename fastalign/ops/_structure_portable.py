@@ -21,7 +21,8 @@ from fastalign.ops._autocast import no_autocast
 NOTHING, MATRIX, GRADIENT = range(3)
 """What a forward pass keeps for the backward one: nothing, R, or the gradient by the loss."""
 
-PANEL = 256  # rows: as few as let the products run at full speed
+PANEL = 256  # rows: as few as let a product run at full speed that adds to a gradient
+BAND = 96  # rows, where none does
 CHUNK = 1024  # rows of the d-side
 
 
@@ -132,14 +133,15 @@ def _by_panels(
     student: Tensor, teacher: Tensor, cosine: bool, dtype: torch.dtype, negatives: str,
     kept: Tensor, keep: int,
 ) -> Tensor:  # fmt: skip
-    """|R|^2 of images (b, n, d), and in `kept` R from the diagonal on, or R h - t h over |h|."""
+    """|R|^2 of images (b, n, d), and in `kept` R, or R h - t h over |h|."""
     (h, inverse), (g, _) = (_rows(x, dtype, cosine) for x in (student, teacher))
     n = h.shape[1]
     total = h.new_zeros(len(h))
     if keep == GRADIENT:
         kept.zero_()
-    for first in range(0, n, PANEL):
-        last = min(first + PANEL, n)
+    size = PANEL if keep == GRADIENT else BAND
+    for first in range(0, n, size):
+        last = min(first + size, n)
         r = torch.bmm(h[:, first:last], h[:, first:].mT)
         negative = r < 0 if negatives == "clip" else None
         if negatives == "keep":
@@ -154,6 +156,7 @@ def _by_panels(
             r.masked_fill_(negative, 0.0)
         if keep == MATRIX:
             kept[:, first:last, first:n] = r
+            kept[:, last:n, first:last] = rest.mT
         elif keep == GRADIENT:
             _add_product(kept, r, h, first, last)
     if keep == GRADIENT and cosine:
@@ -199,8 +202,10 @@ def _by_width(student: Tensor, teacher: Tensor, cosine: bool, kept: Tensor, keep
 
 def _take_radial(product: Tensor, h: Tensor, inverse: Tensor) -> None:
     """R h to (R h - t h) / |student| in place, for unit rows h."""
-    t = torch.einsum("...d,...d->...", product, h).unsqueeze(-1)
-    product.addcmul_(t, h, value=-1).mul_(inverse)
+    # Rows that the cache holds.
+    for p, unit, by in zip(*(torch.split(x, BAND, -2) for x in (product, h, inverse)), strict=True):
+        t = (p * unit).sum(-1, keepdim=True)
+        p.addcmul_(t, unit, value=-1).mul_(by)
 
 
 @torch.library.custom_op("fastalign::structure_distill_portable_bwd", mutates_args=())
@@ -214,13 +219,13 @@ def structure_distill_bwd(
     with no_autocast(student):
         for group, rows, n in _groups(cu_seqlens, len(dlosses), longest):
             h, inverse = _rows(_images(student[rows], n), residual.dtype, cosine)
-            r, product = _images(residual[rows], n), torch.zeros_like(h)
-            for first in range(0, n, PANEL):
-                last = min(first + PANEL, n)
-                _add_product(product, r[:, first:last, first:n], h, first, last)
+            product = torch.bmm(_images(residual[rows], n)[:, :, :n], h)
+            factors = scale[group, None, None]
             if cosine:
-                _take_radial(product, h, inverse)
-            dh[rows] = product.mul_(scale[group, None, None]).flatten(0, 1)
+                _take_radial(product, h, inverse.mul_(factors))
+            else:
+                product.mul_(factors)
+            dh[rows] = product.flatten(0, 1)
     return dh
 
 
