@@ -393,6 +393,7 @@ def test_doctor_says_which_attention_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     ages = {0: (9, 0), 1: (7, 5)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ages[device.index])
+    torch.use_deterministic_algorithms(False)
     optional = ("flash_attn", "flash_attn.cute", "xformers.ops")
     monkeypatch.setattr(_packed_limits, "_found", lambda m: m not in optional)
     monkeypatch.setattr(_packed_limits, "_import_error", lambda name: None)

@@ -253,6 +253,7 @@ def test_on_cuda(backend, dtype, shape, keep, options):
     window, softcap = options.get("window"), options.get("softcap")
     request = {"windowed": window is not None, "softcap": softcap is not None}
     request["gaps"] = keep is KEEP
+    torch.use_deterministic_algorithms(backend != "xformers", warn_only=True)
     why = None if backend == "auto" else obstacle(backend, CUDA, dtype, **request)
     if why:
         pytest.skip(f"{backend} {why}")
@@ -279,6 +280,7 @@ def test_on_cuda(backend, dtype, shape, keep, options):
 def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(_packed_limits, "_import_error", lambda backend: None)
+    torch.use_deterministic_algorithms(False)
 
 
 def test_auto_on_the_cpu():
@@ -361,6 +363,15 @@ def test_obstacles_of_devices(monkeypatch, hopper, backend, capability, dtype, h
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     found = obstacle(backend, CUDA, dtype, head_dim=head_dim)
     assert found is None if why is None else why in found
+
+
+def test_xformers_has_no_deterministic_gradient(monkeypatch, hopper):
+    monkeypatch.setattr(_packed_limits, "_found", lambda name: True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert "no deterministic gradient" in obstacle("xformers", CUDA, torch.bfloat16)
+    assert obstacle("xformers", CUDA, torch.float32) is None  # its CUTLASS kernels have one
+    with torch.no_grad():
+        assert obstacle("xformers", CUDA, torch.bfloat16) is None
 
 
 @pytest.fixture

@@ -124,6 +124,8 @@ def _xformers(
 ) -> str | None:
     """It has flash kernels, as the others, and CUTLASS kernels where those do not run."""
     if dtype in _HALF and head_dim <= 256 and capability >= (8, 0):
+        if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled():
+            return "has no deterministic gradient, and torch is set to deterministic algorithms"
         return None
     flash = "float16 and bfloat16 with heads of at most 256 channels"
     if capability > (9, 0):
