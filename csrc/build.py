@@ -21,6 +21,8 @@ CUDA = ("hadamard_reweight", "inverse_norms")
 
 FLAGS = ["-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]
+FLAGS += [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]  # Python adds -g
+FLAGS += [f"-ffile-prefix-map={Path.cwd()}=."]  # the same library from any folder
 FLAGS += ["-ffp-contract=off"]  # what cancels exactly cancels in every instruction set
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # of lanes wider than registers, and of GCC 12
 FLAGS += ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # 2.10 and later
