@@ -59,6 +59,7 @@ def test_the_order_of_threads_changes_no_bit(dtype):
     """It would if one read what another had yet to write."""
     for d in (40, 1000, 4096, 16384):
         h, dy, w = torch.randn(3, 2, d).to(dtype)
+        h[1] *= 1e-4 if dtype == torch.float16 else 1e-25  # summed again, scaled
         found = []
         for reverse in (False, True):
             torch.ops.fastalign.emulation_reverse(reverse)
@@ -68,11 +69,14 @@ def test_the_order_of_threads_changes_no_bit(dtype):
             found[-1] += [*shared, *own]
         torch.ops.fastalign.emulation_reverse(False)
         assert all(map(torch.equal, *found))
+        expected = reference(h.double(), w.double())
+        assert relative_error(found[0][0], expected) <= torch.finfo(dtype).eps + 2e-6
 
 
 @emulated
-def test_a_shared_w_sums_over_more_rows_than_blocks():
-    h, dy, w = torch.randn(1300, 5), torch.randn(1300, 5), torch.randn(5)
+@pytest.mark.parametrize("d", [5, 600])
+def test_a_shared_w_sums_over_more_rows_than_blocks(d):
+    h, dy, w = torch.randn(1300, d), torch.randn(1300, d), torch.randn(d)
     _, dw = kernels.hadamard_reweight_bwd(dy, h, w, True)
     wide = w.double().requires_grad_()
     (exact,) = torch.autograd.grad(reference(h.double(), wide), wide, dy.double())

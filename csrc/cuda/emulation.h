@@ -1,8 +1,9 @@
 // The kernels on the CPU, for tests where no GPU is: a block's threads are fibers of one CPU thread.
 //
-// Each runs to its next barrier or shuffle, then the next one does, in the order of their numbers or
-// in reverse: a result that changes with it was read before it was written. A block whose threads do
-// not all arrive at the same barrier ends the process.
+// A warp runs alone to the next barrier of its block, its threads in turn between shuffles, then the
+// next warp does; in the order of their numbers or in reverse. What is read too early, or written too
+// early for a warp that is behind, so gives another result. Threads that do not all arrive at the same
+// shuffle or barrier end the process.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -52,9 +53,9 @@ class Emulation {
     gridDim.x = blocks, blockDim.x = static_cast<unsigned>(threads), body_ = &body;
     while (fibers_.size() < static_cast<size_t>(threads)) fibers_.push_back(std::make_unique<Fiber>());
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) do {
-        for (int i = 0; i < threads; i++) resume(reversed ? threads - 1 - i : i);
+        for (int i = 0; i < threads / 32; i++) run_warp(reversed ? threads / 32 - 1 - i : i);
         for (int i = 1; i < threads; i++)
-          if (fibers_[i]->at != fibers_[0]->at) die("threads of a block wait at different barriers");
+          if (fibers_[i]->at != fibers_[0]->at) die("not all threads of a block wait at its barrier");
       } while (fibers_[0]->at != kEnd);
   }
 
@@ -80,6 +81,16 @@ class Emulation {
   static void die(const char* why) {
     std::fprintf(stderr, "emulation: %s\n", why);
     std::abort();
+  }
+
+  // To the next barrier of the block, or the end; other warps stand still meanwhile.
+  void run_warp(int warp) {
+    const int first = warp * 32;
+    do {
+      for (int i = 0; i < 32; i++) resume(first + (reversed ? 31 - i : i));
+      for (int i = 1; i < 32; i++)
+        if (fibers_[first + i]->at != fibers_[first]->at) die("not all threads of a warp wait at a shuffle");
+    } while (fibers_[first]->at == kShuffle);
   }
 
   // A fiber lives on, for the same thread of the blocks to come.
