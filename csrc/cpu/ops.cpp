@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace fastalign {
@@ -22,15 +23,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 14;   // numbers that are worth a thread
 constexpr int64_t kPartials = 32;     // sums over rows that are added in the end, whatever the threads
-
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Type::float32;
-    case ScalarType::Half: return Type::float16;
-    case ScalarType::BFloat16: return Type::bfloat16;
-    default: STD_TORCH_CHECK(false, "the compiled kernels take float32, float16 and bfloat16");
-  }
-}
 
 int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 

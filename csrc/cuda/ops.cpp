@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include "../tensors.h"
 #include "kernels.h"
 
 #ifndef FASTALIGN_EMULATED
@@ -46,15 +47,6 @@ class Stream {
 #endif
   void* raw_ = nullptr;
 };
-
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Type::float32;
-    case ScalarType::Half: return Type::float16;
-    case ScalarType::BFloat16: return Type::bfloat16;
-    default: STD_TORCH_CHECK(false, "the compiled kernels take float32, float16 and bfloat16");
-  }
-}
 
 Matrix matrix(const Tensor& x) { return {type_of(x), x.data_ptr()}; }
 
