@@ -9,6 +9,7 @@ from pathlib import Path
 
 import _samples
 import torch
+from _versions import CHECKPOINTING
 from transformers import TrainerCallback, TrainingArguments
 
 import fastalign as fa
@@ -108,8 +109,8 @@ def all_runs(folder, micro):
     """What two ranks are to do as one process does: name to numbers and tensors."""
     found = {}
     checkpointing = {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        CHECKPOINTING: True,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
     }
     for name, changes in {
         "cal": {"max_grad_norm": 0.1},

@@ -1,12 +1,12 @@
 """The commands, run as a user runs them, on the demo's model with random weights."""
 
 import dataclasses
+import importlib.metadata
 import json
 import subprocess
 import sys
 import types
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from fastalign_kernels import native
 from PIL import Image
 
 from fastalign import cli, doctor
-from fastalign.models import _packed_limits
+from fastalign.models import _packed_backends, _packed_limits
 from fastalign.train import TrainConfig
 
 
@@ -342,7 +342,7 @@ def test_heatmap(folder, tmp_path, capsys):
 def test_doctor(tmp_path, capsys):
     assert cli.main(["doctor", "--json", str(tmp_path / "r.json")]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
     assert report["devices"][0]["name"] == "cpu"
     paths = {row["op"]: (row["path"], row["why"]) for row in report["ops"]}
     assert {"ops.label_logits", "losses.structure_distill", "linalg.sqrtm"} <= paths.keys()
@@ -376,17 +376,22 @@ def test_doctor_says_why_compiled_kernels_are_not_in_use(monkeypatch):
     assert rows()["losses.structure_distill"][0] == "compiled"
 
 
-@pytest.mark.parametrize("missing", [(), ("triton",), ("triton", "fastalign_kernels")])
-def test_doctor_on_cuda(monkeypatch, missing):
+def test_doctor_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "CUDA_OBSTACLE", None)
     found = doctor._found
-    monkeypatch.setattr(doctor, "_found", lambda m: m not in missing and (
-        m in ("triton", "fastalign_kernels") or found(m)
-    ))  # fmt: skip
-    rows = {row["op"]: row for row in doctor._ops()}
-    expected = "error" if missing else "triton"
-    assert rows["ops.calibrate"]["path"] == expected
-    assert ", ".join(missing) in rows["ops.calibrate"]["why"]
+
+    def paths(triton):
+        monkeypatch.setattr(doctor, "_found", lambda m: triton if m == "triton" else found(m))
+        return {row["op"]: (row["path"], row["why"]) for row in doctor._ops()}
+
+    assert paths(True)["ops.calibrate"][0] == paths(True)["ops.hadamard_reweight"][0] == "triton"
+    assert paths(False)["ops.calibrate"] == ("torch", "triton is not installed")
+    path, why = paths(False)["ops.hadamard_reweight"]
+    assert path == "compiled" and "triton is not installed" in why
+    monkeypatch.setattr(native, "CUDA_OBSTACLE", "built without nvcc")
+    path, why = paths(False)["ops.hadamard_reweight"]
+    assert path == "torch" and why.endswith("compiled kernels: built without nvcc")
 
 
 def test_doctor_says_which_attention_is_taken(monkeypatch):
@@ -398,9 +403,13 @@ def test_doctor_says_which_attention_is_taken(monkeypatch):
     monkeypatch.setattr(_packed_limits, "_found", lambda m: m not in optional)
     monkeypatch.setattr(_packed_limits, "_import_error", lambda name: None)
     rows = {row["name"]: row for row in doctor._attention()}
-    assert rows["varlen"]["why"] == "taken on cuda:0 (bfloat16)"
-    assert rows["sdpa"]["why"] == "taken on cuda:0 (float32), cuda:1 (bfloat16, float32), cpu"
-    here = {"version": version("torch"), "installed": True, "usable": True}
+    old = "scale" not in _packed_backends.varlen_parameters()
+    if old:
+        assert rows["varlen"]["why"].endswith("a newer torch is needed")
+    else:
+        assert rows["varlen"]["why"] == "taken on cuda:0 (bfloat16)"
+        assert rows["sdpa"]["why"] == "taken on cuda:0 (float32), cuda:1 (bfloat16, float32), cpu"
+    here = {"version": doctor._version("torch"), "installed": True, "usable": True}
     assert rows["flex"] == {"name": "flex", **here, "why": "when named"}
     for name in ("flash-attn-4", "xformers"):
         assert not rows[name]["usable"] and not rows[name]["installed"]
@@ -408,8 +417,10 @@ def test_doctor_says_which_attention_is_taken(monkeypatch):
         assert rows[name]["version"] is None
     monkeypatch.setattr(_packed_limits, "_found", lambda m: True)
     rows = {row["name"]: row for row in doctor._attention()}
-    assert all(row["usable"] for row in rows.values())
-    assert rows["flash-attn"]["why"] == "taken with a softcap, else when named"
+    usable = {name for name, row in rows.items() if row["usable"]}
+    assert usable == set(rows) - ({"varlen"} if old else set())
+    if not old:
+        assert rows["flash-attn"]["why"] == "taken with a softcap, else when named"
     broken = "cannot be imported (ImportError: libcudart.so.12)"
     monkeypatch.setattr(_packed_limits, "_import_error", lambda name: broken)
     rows = {row["name"]: row for row in doctor._attention()}

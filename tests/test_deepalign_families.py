@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from _versions import whole_graph_needed
 
 import fastalign as fa
 from fastalign.adapters import adapter_of
@@ -151,6 +152,7 @@ def whole_graphs():
     torch._dynamo.reset()
 
 
+@whole_graph_needed
 @pytest.mark.parametrize(("name", "backend"), [("llava", "aot_eager"), ("internvl", "eager")])
 def test_joint_step_compiles_whole(whole_graphs, name, backend):
     """All terms, with the second pass inside: value, gradients and the direction are eager's."""

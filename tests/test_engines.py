@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from _compared import equal_lines
+from _versions import INSTALLED, whole_graph_needed
+from packaging.version import Version
 from safetensors.torch import load_file
 
 import fastalign as fa
@@ -31,6 +33,8 @@ NOISE = "k_proj.bias"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folder of all runs, of one, two and four processes."""
+    if Version("5.23") > INSTALLED:
+        pytest.skip("gradient_checkpointing with FSDP2 needs transformers >= 5.23")
     folder = tmp_path_factory.mktemp("engines")
     command = [sys.executable, "-W", "ignore", str(RUN), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -160,6 +164,7 @@ def test_a_model_without_such_layers_is_named():
         set_checkpointing(torch.nn.Linear(1, 1), True)
 
 
+@whole_graph_needed
 def test_a_compiled_run_equals_an_eager_one(tmp_path):
     hooks = []
     for name, changes in {
@@ -245,6 +250,22 @@ def test_ways_to_shard_that_cannot_be_are_refused(tmp_path, changes, message):
     plugin = FullyShardedDataParallelPlugin(**(given | changes))
     with pytest.raises(ValueError, match=message):
         _check_sharding(plugin, settings(tmp_path, "sft"))
+
+
+def test_layers_whose_hooks_run_again_are_refused_with_fsdp2(tmp_path, monkeypatch):
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    from fastalign._run import engines
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP"
+    )
+    config = settings(tmp_path, "sft", gradient_checkpointing=True)
+    monkeypatch.setattr(engines, "_layers_run_hooks_again", lambda: False)
+    engines._check_sharding(plugin, config)
+    monkeypatch.setattr(engines, "_layers_run_hooks_again", lambda: True)
+    with pytest.raises(ValueError, match="FSDP2 needs transformers >= 5.23"):
+        engines._check_sharding(plugin, config)
 
 
 def test_a_compiled_step_is_not_sharded(tmp_path):

@@ -16,6 +16,7 @@ from fastalign.config import CALConfig
 
 pytest.importorskip("transformers")
 import _trainer_ranks as run
+from _versions import CHECKPOINTING
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, Trainer
 
@@ -168,8 +169,7 @@ def test_checkpointing_changes_no_gradient(tmp_path):
     checkpointed, _ = first_step(
         tmp_path,
         "cal",
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
     )
     assert distance(checkpointed, plain) < 1e-6
 

@@ -14,7 +14,6 @@ from fastalign_kernels import native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastalign as fa
-from fastalign import doctor
 from fastalign.ops import _path
 from fastalign.ops.hadamard_reweight import HadamardReweightNative
 from fastalign.ops.structure_distill import StructureDistillPortable, compute
@@ -222,16 +221,6 @@ def test_compiled_kernels_are_taken_where_triton_is_not(monkeypatch):
             wide = torch.empty(2, 3, native.MAX_DIM + 1, device="cuda")
             double = torch.empty(2, 3, dtype=torch.float64, device="cuda")
             assert not native.takes_cuda(wide) and not native.takes_cuda(double)
-
-
-def test_doctor_says_what_runs_without_triton(monkeypatch):
-    for obstacle, expected in (
-        (None, ("compiled", "CUDA tensors, as triton is not installed; torch for float64")),
-        ("too old", ("torch", "triton is not installed; compiled kernels: too old")),
-    ):
-        monkeypatch.setattr(native, "CUDA_OBSTACLE", obstacle)
-        assert doctor._path_without_triton("hadamard_reweight") == expected
-        assert doctor._path_without_triton("syrk") == ("torch", "triton is not installed")
 
 
 # -- on a GPU --------------------------------------------------------------------------------------

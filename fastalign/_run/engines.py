@@ -271,6 +271,20 @@ def _check_sharding(plugin: Any, config: TrainConfig) -> None:
             "torch_compile must be False with FSDP2, whose hooks break every graph: use DDP, or "
             "leave it out"
         )
+    if config.gradient_checkpointing and _layers_run_hooks_again():
+        import transformers
+
+        raise ValueError(
+            "gradient_checkpointing with FSDP2 needs transformers >= 5.23: the layers of "
+            f"{transformers.__version__} run FSDP2's hooks again in the backward; use DDP"
+        )
+
+
+def _layers_run_hooks_again() -> bool:
+    """Whether a layer that runs again runs from its call on, and not from its forward."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
 
 
 def set_checkpointing(model: Any, enable: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any, Literal, overload
 
@@ -77,7 +78,9 @@ class _Iterated(Batched):
         value, bound, x = _trace_from_factors(factors, storage, products(a))
         singular = (factors.open > _OPEN).any(-1)
         if bool(singular.any()):
-            warnings.warn(_SINGULAR, UserWarning, stacklevel=4)  # above apply and the public one
+            # Above the public function, and above apply, a frame of its own in torch before 2.15.
+            within = sys._getframe(1).f_globals["__name__"].startswith("torch.")
+            warnings.warn(_SINGULAR, UserWarning, stacklevel=4 if within else 3)
             # The bias is proportional to the jitter: twice of it tells how much there is of it.
             twice = psd.ordered_cholesky(a[singular], b[singular], 2 * factors.jitter[singular])
             biased = _trace_from_factors(twice, storage, products(a)).value
