@@ -7,6 +7,8 @@ namespace fastalign {
 namespace cuda {
 namespace {
 
+static_assert(kMaxThreads * kNumbers == kMaxRow, "a block holds a row");
+
 // |h|, |u| and <dy, u> of a row.
 struct Norms {
   float h, u, dyu;

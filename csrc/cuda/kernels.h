@@ -1,4 +1,4 @@
-// What the CUDA kernels offer to ops.cpp: raw rows in one type, on one stream. Shapes (n, d).
+// What the CUDA kernels offer to ops.cpp: raw rows, on a stream. n > 0 rows of d numbers.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace cuda {
 constexpr int64_t kMaxRow = 16384;  // numbers of a row that fit the registers of a block
 constexpr int64_t kPartials = 512;  // blocks that share the rows of a (d,) w: enough to fill a GPU
 
-// Rows of `x` begin at multiples of 16 bytes: d and the addresses must both allow it.
+// Contiguous rows, beginning at any address.
 struct Matrix {
   Type type;
   const void* data;

@@ -20,7 +20,6 @@ namespace cuda {
 
 constexpr int kNumbers = 16;
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxWidth = kMaxThreads * kNumbers;
 
 template <class To, class From>
 __device__ inline To bits(From x) {
