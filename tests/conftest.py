@@ -90,7 +90,21 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     _patch_interpreter()
 
 
+# Few tests that take long, each file on one process: begun last, one would keep the others waiting.
+FIRST = ("wheel", "engines", "divisions", "failures", "two_ranks", "soak", "stream_runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # by numbers of tests, the longest of them last
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in FIRST)
+    _skip_smolvlm(items)
+
+
+def _skip_smolvlm(items: list[pytest.Item]) -> None:
     """Without SmolVLM, whose class before 5.21 took its patches' size for its tokens' number."""
     if importlib.util.find_spec("transformers") is None:
         return
