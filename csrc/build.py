@@ -43,6 +43,8 @@ def _architectures(compiler: str) -> list[str]:
     """nvcc's arguments for what it knows of the architectures."""
     listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout
     known = [a for a in ARCHITECTURES if f"compute_{a.rstrip('a')}\n" in listed]
+    if not known:
+        raise RuntimeError(f"{compiler} knows no sm_80: set FASTALIGN_CUDA=0 or take a newer")
     codes = [f"arch=compute_{a},code=sm_{a}" for a in known]
     last = known[-1].rstrip("a")
     codes.append(f"arch=compute_{last},code=compute_{last}")
