@@ -25,7 +25,8 @@ FLAGS += [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]  # Python adds 
 FLAGS += [f"-ffile-prefix-map={Path.cwd()}=."]  # the same library from any folder
 FLAGS += ["-ffp-contract=off"]  # what cancels exactly cancels in every instruction set
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # of lanes wider than registers, and of GCC 12
-FLAGS += ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # 2.10 and later
+STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # 2.10 and later
+FLAGS += STABLE
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = ("80", "90a", "100")  # and PTX of the last, for GPUs to come
@@ -51,13 +52,13 @@ def _architectures(compiler: str) -> list[str]:
     return [word for code in codes for word in ("-gencode", code)]
 
 
-def _libraries(compiler: str) -> str:
-    """Where the static runtime lies; the nvcc on PATH may be a script that calls the real one."""
+def toolkit(compiler: str) -> Path:
+    """The folder of the CUDA toolkit; the nvcc on PATH may be a script that calls the real one."""
     said = subprocess.run([compiler, "--dryrun", "none.cu"], capture_output=True, text=True).stderr
     found = re.search(r"_HERE_=(.+)", said)
     if found is None:
         raise RuntimeError(f"{compiler} does not say where it lies: FASTALIGN_CUDA=0 does without")
-    return str(Path(found[1].strip()).parent / "lib64")
+    return Path(found[1].strip()).parent
 
 
 def _compile(compiler: str, folder: Path) -> list[str]:
@@ -105,7 +106,7 @@ def extension() -> dict[str, Any]:
         ["csrc/module.c", *sources],
         depends=sorted(map(str, Path("csrc").rglob("*.h"))),
         libraries=["cudart_static"] if of_cuda else [],
-        library_dirs=[_libraries(of_cuda)] if of_cuda else [],
+        library_dirs=[str(toolkit(of_cuda) / "lib64")] if of_cuda else [],
         extra_compile_args={"cxx": FLAGS},
         extra_link_args=link if of_cuda else [],
         py_limited_api=True,

@@ -10,15 +10,16 @@ folder=$(cd "$(dirname "$0")" && pwd)
 python=${1:-python}
 made=${2:-$folder/emulated.so}
 
-# What is on the path may be a script that calls the real one.
-toolkit=$(dirname "$(nvcc --dryrun none.cu 2>&1 | sed -n 's/^#$ _HERE_=//p')")
+build=$(PYTHONPATH="$folder/../.." "$python" -c \
+  'from csrc.build import STABLE, nvcc, toolkit; print(toolkit(nvcc() or exit("no nvcc")), *STABLE)')
+read -r toolkit stable <<<"$build"
 includes=$("$python" -c 'from torch.utils.cpp_extension import include_paths; print(*include_paths())')
 libraries=$("$python" -c 'from torch.utils.cpp_extension import library_paths; print(*library_paths())')
 
 flags=(-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -ffp-contract=off -Wno-attributes)
-flags+=(-DFASTALIGN_EMULATED -DTORCH_STABLE_ONLY -DTORCH_TARGET_VERSION=0x020a000000000000)
+flags+=(-DFASTALIGN_EMULATED)
 for path in $includes "$toolkit/include"; do flags+=(-isystem "$path"); done
 for path in $libraries; do flags+=("-L$path"); done
 # shellcheck disable=SC2086  # flags in words
-"${CXX:-c++}" "${flags[@]}" ${CXXFLAGS:-} -x c++ "$folder"/*.cu "$folder/ops.cpp" \
+"${CXX:-c++}" "${flags[@]}" $stable ${CXXFLAGS:-} -x c++ "$folder"/*.cu "$folder/ops.cpp" \
   -x none -ltorch_cpu -o "$made"
